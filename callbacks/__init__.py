@@ -1,0 +1,13 @@
+"""dynwatch's Lightning callbacks: when to measure, where readings go, when to stop."""
+
+if __name__ != "dynwatch.callbacks":
+    raise ImportError(
+        f"This folder is the package dynwatch.callbacks and was imported as {__name__!r}, which would make "
+        "a second copy of every class. Write 'from dynwatch.callbacks import DynWatch'."
+    )
+
+from dynwatch.callbacks.early_termination import EarlyTermination
+from dynwatch.callbacks.gradients import GradientNormMonitor
+from dynwatch.callbacks.watch import DynWatch
+
+__all__ = ["DynWatch", "EarlyTermination", "GradientNormMonitor"]

@@ -1,0 +1,78 @@
+"""What happens around the optimizer's actual update: one-shot actions after it, and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dynwatch.callbacks.optimizer_step import StepGradients
+from dynwatch.gradients import group_norms, update_and_weight_norms
+
+
+class AfterStep:
+    """Runs actions once, right after the next real update of an optimizer.
+
+    An update that a gradient scaler skips runs nothing; `release` drops what is still waiting.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Callable[[], object]]] = {}
+        self._handles: dict[int, RemovableHandle] = {}
+
+    def add(self, optimizer: Optimizer, action: Callable[[], object]) -> None:
+        owner = id(optimizer)
+        if owner not in self._handles:
+            self._waiting[owner] = []
+            self._handles[owner] = optimizer.register_step_post_hook(self._run)
+        self._waiting[owner].append(action)
+
+    def _run(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._handles.pop(id(optimizer)).remove()
+        for action in self._waiting.pop(id(optimizer)):
+            action()
+
+    def release(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._waiting.clear()
+
+
+class UpdateRatio:
+    """|update| / |weights before| by layer, from a copy of the weights that lives as long as the step."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[StepGradients, list[Tensor]]] = {}
+        self._norms: list[tuple[list[str], Tensor, Tensor]] = []  # names, update norms, weight norms
+
+    def before_step(self, optimizer: Optimizer, seen: StepGradients) -> None:
+        """Copy the weights. LBFGS comes here several times a step: the first copy is the one before it."""
+        if id(optimizer) not in self._before:
+            self._before[id(optimizer)] = (seen, [p.detach().clone() for p in seen.parameters])
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Measure the update and drop the copy."""
+        seen, before = self._before.pop(id(optimizer))
+        self._norms.append((seen.names, *update_and_weight_norms(before, [p.detach() for p in seen.parameters])))
+
+    def take(self, layer_index: Callable[[Sequence[str]], Sequence[int]], n_layers: int) -> dict[int, Tensor]:
+        """The ratio of each layer that was updated since the last call: a scalar tensor by layer."""
+        self._before.clear()  # left only where the update was skipped
+        norms, self._norms = self._norms, []
+        if not norms or not n_layers:
+            return {}
+        index = layer_index([name for names, _, _ in norms for name in names])
+        update, weight = (torch.cat(column) for column in list(zip(*norms, strict=True))[1:])
+        where = torch.tensor(index, device=update.device)
+        size = group_norms(weight, where, n_layers)
+        ratio = group_norms(update, where, n_layers) / size.masked_fill(size == 0, torch.nan)
+        return {layer: ratio[layer] for layer in sorted(set(index) - {-1})}
+
+    def release(self) -> None:
+        self._before.clear()
+        self._norms.clear()

@@ -1,0 +1,86 @@
+"""The summary in the terminal: what was watched, key figures, own cost, verdict, and where to look."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dynwatch.callbacks.namespaces import Trainer
+from dynwatch.callbacks.panels import pinned_link
+from dynwatch.callbacks.series import Series
+from dynwatch.callbacks.stream import OVERHEAD, Stream, tensorboard_loggers
+from dynwatch.rules import Verdict
+
+
+def tensorboard_lines(trainer: Trainer, stream: Stream) -> list[str]:
+    """The command that opens this run in TensorBoard, and the link to its panels; none without it."""
+    lines = []
+    for logger in tensorboard_loggers(trainer):
+        lines.append(f"tensorboard --logdir {shlex.quote(str(logger.root_dir))}")
+    if lines:
+        lines.append(pinned_link(stream.charts()))
+    return lines
+
+
+def print_start(trainer: Trainer, stream: Stream) -> None:
+    """Two lines when training starts, so that one can watch from the first step."""
+    console = Console()
+    watched = ", ".join(type(member).__name__ for member in stream.members)
+    console.print(Text(f"dynwatch watches this run: {watched}."))
+    for line in tensorboard_lines(trainer, stream):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> None:
+    """The table at the end of fit."""
+    console = Console()
+    table = Table(title="dynwatch", title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("reading", overflow="fold")
+    for column in ("last", "min", "max"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("over the run", no_wrap=True)
+    for tag, series in _key_series(stream):
+        low, high = (
+            (_figure(series.smallest), _figure(series.largest)) if series.smallest <= series.largest else ("", "")
+        )
+        table.add_row(tag, _figure(series.last), low, high, series.sparkline(20))
+    console.print(table)
+    for tag, reason in stream.reasons.items():
+        console.print(Text(f"{tag}: not available: {reason}.", style="dim"))
+    for member in stream.members:
+        if member.off:
+            console.print(Text(f"{type(member).__name__} was switched off: {member.off}", style="yellow"))
+    if verdict is None:
+        console.print(Text(f"Verdict: nothing to object to. Own cost: {stream.overhead():.1%} of the run's time."))
+    else:
+        console.print(Text(f"Verdict: stopped by {verdict.rule} at step {verdict.step}.", style="bold red"))
+        console.print(Text(f"Own cost: {stream.overhead():.1%} of the run's time."))
+    for line in tensorboard_lines(trainer, stream):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:
+    """One row a tag, but of a group of layers only the lowest and the highest at the end."""
+    rows: list[tuple[str, Series]] = []
+    groups: dict[str, list[tuple[str, Series]]] = {}
+    for tag, series in stream.series.items():
+        prefix = next(
+            (t for chart in stream.charts() for t in chart.tags if t.endswith("/") and tag.startswith(t)), None
+        )
+        if prefix:
+            groups.setdefault(prefix, []).append((tag, series))
+        elif tag != OVERHEAD and tag not in stream.reasons:
+            rows.append((tag, series))
+    for group in groups.values():
+        ends = sorted(group, key=lambda row: row[1].last)
+        rows += ends if len(ends) <= 2 else [ends[0], ends[-1]]
+    return rows
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"

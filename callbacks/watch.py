@@ -1,0 +1,93 @@
+"""Everything in one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dynwatch.callbacks.base import Monitor
+from dynwatch.callbacks.early_termination import EarlyTermination
+from dynwatch.callbacks.gradients import GradientNormMonitor
+from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
+from dynwatch.callbacks.report import print_start, print_summary
+from dynwatch.callbacks.stream import Stream
+
+
+class DynWatch(Callback):
+    """Watches a run and ends it when it is poor: all of dynwatch in one callback.
+
+    It holds the monitors below and passes Lightning's hooks on to them; add it alone. When training
+    starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
+    summary with the key figures, its own cost and the verdict.
+
+    Logs everything that `GradientNormMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the
+    share of the run's time spent in dynwatch, as the host sees it, as often as the Trainer logs.
+
+    Args:
+        gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
+            replaces the default one, `False` leaves it out.
+        stop: End poor runs; an `EarlyTermination` of your own replaces the default one, `False` leaves
+            it out and the run always goes on.
+        report: Print to the terminal.
+
+    Raises:
+        ValueError: If everything is left out.
+
+    Example:
+        >>> watch = DynWatch(stop=EarlyTermination(min_steps=100))
+    """
+
+    def __init__(
+        self,
+        gradients: bool | GradientNormMonitor = True,
+        stop: bool | EarlyTermination = True,
+        report: bool = True,
+    ) -> None:
+        super().__init__()
+        self.monitors: list[Monitor] = []
+        if gradients:
+            self.monitors.append(GradientNormMonitor() if gradients is True else gradients)
+        self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
+        if self.early_termination:
+            self.monitors.append(self.early_termination)  # last: it reads what the others measured
+        if not self.monitors:
+            raise ValueError("DynWatch(gradients=False, stop=False) watches nothing: turn one on or leave it out.")
+        self.report = report
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for monitor in self.monitors:
+            monitor.on_train_start(trainer, pl_module)
+        if self.report and trainer.is_global_zero:
+            print_start(trainer, Stream.of(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report and trainer.is_global_zero:
+            print_summary(trainer, Stream.of(trainer), self.verdict)
+
+    @property
+    def verdict(self) -> Any:
+        """The `Verdict` that ended the run, or None."""
+        return self.early_termination.verdict if self.early_termination else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(monitor).__name__: monitor.state_dict() for monitor in self.monitors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for monitor in self.monitors:
+            if type(monitor).__name__ in state_dict:
+                monitor.load_state_dict(state_dict[type(monitor).__name__])
+
+
+def _pass_on(hook: str) -> Callable[..., None]:
+    def to_monitors(self: DynWatch, *args: Any, **kwargs: Any) -> None:
+        for monitor in self.monitors:
+            getattr(monitor, hook)(*args, **kwargs)
+
+    to_monitors.__name__ = hook
+    return to_monitors
+
+
+# Lightning's whole list, so that a new monitor may use any hook without a line here.
+for _hook in dir(Callback):
+    if (_hook.startswith("on_") or _hook in ("setup", "teardown")) and _hook not in vars(DynWatch):
+        setattr(DynWatch, _hook, _pass_on(_hook))

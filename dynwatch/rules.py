@@ -1,0 +1,248 @@
+"""Stop rules: small state machines that read numbers and say when a run is poor, and why.
+
+A rule knows nothing of models, devices or Lightning. It is fed the readings of one step after the
+other and answers with a `Verdict` or None.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+# How many readings of a rule's own tags go into a verdict as evidence.
+EVIDENCE_LENGTH = 30
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a run should end, in a form that a person and a program can read.
+
+    Attributes:
+        rule: Name of the rule.
+        step: The step whose readings decided.
+        reason: One sentence with numbers.
+        advice: What to do about it.
+        evidence: For each tag the last readings as (step, value) pairs, oldest first.
+        weights_suspect: Whether the weights may have been spoilt, so that they should not replace an
+            earlier checkpoint.
+    """
+
+    rule: str
+    step: int
+    reason: str
+    advice: str
+    evidence: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    weights_suspect: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as primitives, for JSON; non-finite numbers become the strings "nan" and "inf"."""
+        record = asdict(self)
+        record["evidence"] = {
+            tag: [[step, value if math.isfinite(value) else str(value)] for step, value in readings]
+            for tag, readings in self.evidence.items()
+        }
+        return record
+
+
+class Rule(ABC):
+    """What `EarlyTermination` asks of a rule."""
+
+    name: str
+
+    @abstractmethod
+    def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        """Take in the readings of one step.
+
+        Args:
+            step: The step, not decreasing from call to call.
+            readings: Values by tag; a rule ignores tags that it does not know.
+            notes: What is known in words about a reading, by its tag ("conv1.weight first, …").
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later verdicts depend on, as primitives."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+
+
+class NonFinite(Rule):
+    """The loss, the gradients or the weights are NaN or infinite.
+
+    Fires at the first bad step. Under a gradient scaler (fp16) a non-finite gradient is routine: the
+    scaler skips the step and halves its scale. Such steps (reading `stop/scaler` = 1) count only after
+    `scaler_patience` of them in a row, by which time the scale has been halved to nothing.
+
+    Args:
+        scaler_patience: Overflows in a row that are still routine.
+
+    Raises:
+        ValueError: If `scaler_patience` is below 1.
+
+    Example:
+        >>> NonFinite().update(7, {"stop/loss": float("nan")}, {}).reason
+        'The loss is nan at step 7.'
+    """
+
+    name = "non_finite"
+    LOSS, GRADIENT, WEIGHTS, SCALER = "stop/loss", "stop/grad_norm", "stop/weight_norm", "stop/scaler"
+
+    def __init__(self, scaler_patience: int = 25) -> None:
+        if scaler_patience < 1:
+            raise ValueError(f"scaler_patience={scaler_patience} must be at least 1.")
+        self.scaler_patience = scaler_patience
+        self._overflows = 0
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=EVIDENCE_LENGTH)
+
+    def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        loss = readings.get(self.LOSS)
+        gradient = readings.get(self.GRADIENT)
+        weights = readings.get(self.WEIGHTS)
+        if loss is not None or gradient is not None:
+            self._recent.append((step, math.nan if loss is None else loss, math.nan if gradient is None else gradient))
+        bad_gradient = gradient is not None and not math.isfinite(gradient)
+        self._overflows = self._overflows + 1 if bad_gradient and readings.get(self.SCALER) else 0
+        if weights is not None and not math.isfinite(weights):
+            return self._verdict(step, f"The weights are not finite after step {step}", notes.get(self.WEIGHTS))
+        if loss is not None and not math.isfinite(loss):
+            what = f"The loss is {loss} at step {step}"
+            return self._verdict(step, what, notes.get(self.WEIGHTS) or notes.get(self.GRADIENT))
+        if bad_gradient and not self._overflows:
+            return self._verdict(step, f"The gradient is not finite at step {step}", notes.get(self.GRADIENT))
+        if self._overflows >= self.scaler_patience:
+            what = f"The gradient scaler has skipped {self._overflows} steps in a row, up to step {step}"
+            return self._verdict(step, what, notes.get(self.GRADIENT))
+        return None
+
+    def _verdict(self, step: int, what: str, where: str | None) -> Verdict:
+        return Verdict(
+            rule=self.name,
+            step=step,
+            reason=f"{what}: {where}." if where else f"{what}.",
+            advice=(
+                "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
+                "(Trainer(gradient_clip_val=1.0)), and look for bad values in this batch; "
+                "torch.autograd.detect_anomaly() names the operation."
+            ),
+            evidence={
+                self.LOSS: [(s, loss) for s, loss, _ in self._recent],
+                self.GRADIENT: [(s, gradient) for s, _, gradient in self._recent],
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"overflows": self._overflows, "recent": [list(r) for r in self._recent]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._overflows = state["overflows"]
+        self._recent = deque(((r[0], r[1], r[2]) for r in state["recent"]), maxlen=EVIDENCE_LENGTH)
+
+
+class Divergence(Rule):
+    r"""The loss has left the band of its own history and stays outside.
+
+    The band ends at
+
+    .. math:: c + \max(k \cdot 1.4826 \cdot \mathrm{MAD},\ |c|), \qquad c = \max(\text{start}, \text{median})
+
+    with start the median of the first five losses (the first alone while there are fewer), median and
+    MAD (median absolute deviation, as a robust σ) over the last `window` losses inside the band. So the
+    loss must be worse than at the start and than lately, at least double, and k robust sigmas away,
+    `patience` times in a row. Losses outside do not enter the history, so that a divergence cannot
+    move its own band; a spike that recovers resets the count. A non-finite loss counts as outside.
+
+    Args:
+        patience: Losses outside the band in a row before it fires.
+        window: Losses in the history.
+        k: Width of the band in robust standard deviations.
+
+    Raises:
+        ValueError: If `patience` or `window` is below 1 or `k` is not positive.
+
+    Example:
+        >>> rule = Divergence(patience=2)
+        >>> [rule.update(step, {"stop/loss": loss}, {}) is not None for step, loss in enumerate([2.3, 2.2, 9.0, 40.0])]
+        [False, False, False, True]
+    """
+
+    name = "divergence"
+    LOSS, LIMIT = "stop/loss", "stop/loss_limit"
+    _START = 5
+
+    def __init__(self, patience: int = 20, window: int = 100, k: float = 6.0) -> None:
+        for argument, value in (("patience", patience), ("window", window)):
+            if value < 1:
+                raise ValueError(f"{argument}={value} must be at least 1.")
+        if not k > 0:
+            raise ValueError(f"k={k} must be positive.")
+        self.patience = patience
+        self.k = k
+        self.limit = math.nan  # the band's upper end at the last loss; NaN before the first
+        self._first: list[float] = []
+        self._inside: deque[float] = deque(maxlen=window)
+        self._outside = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=EVIDENCE_LENGTH)
+
+    def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        loss = readings.get(self.LOSS)
+        if loss is None:
+            return None
+        self._recent.append((step, loss))
+        self.limit = self._band_end()
+        if math.isfinite(loss) and not loss > self.limit:
+            self._outside = 0
+            self._inside.append(loss)
+            if len(self._first) < self._START:
+                self._first.append(loss)
+            return None
+        self._outside += 1
+        if self._outside < self.patience or not self._inside:
+            return None
+        start, usual = self._start(), median(self._inside)
+        return Verdict(
+            rule=self.name,
+            step=step,
+            reason=(
+                f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for "
+                f"{self._outside} steps; it began at {start:.4g} and its usual value was {usual:.4g}."
+            ),
+            advice=(
+                "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
+                "(Trainer(gradient_clip_val=1.0)), and resume from a checkpoint of before the rise."
+            ),
+            evidence={self.LOSS: list(self._recent)},
+        )
+
+    def _start(self) -> float:
+        return median(self._first)
+
+    def _band_end(self) -> float:
+        if not self._inside:
+            return math.inf  # the first finite loss is inside by definition
+        usual = median(self._inside)
+        sigma = 1.4826 * median(abs(loss - usual) for loss in self._inside)
+        centre = max(self._start(), usual)
+        return centre + max(self.k * sigma, abs(centre))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "limit": self.limit,
+            "first": list(self._first),
+            "inside": list(self._inside),
+            "outside": self._outside,
+            "recent": [list(r) for r in self._recent],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.limit = state["limit"]
+        self._first = list(state["first"])
+        self._inside = deque(state["inside"], maxlen=self._inside.maxlen)
+        self._outside = state["outside"]
+        self._recent = deque(((r[0], r[1]) for r in state["recent"]), maxlen=EVIDENCE_LENGTH)
