@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynwatch.callbacks.optimizer_step import StepGradients
-from dynwatch.gradients import group_norms, update_and_weight_norms
+from dynwatch.gradients import group_norms, tensor_norms, update_and_weight_norms
 
 
 class AfterStep:
@@ -47,18 +47,29 @@ class UpdateRatio:
     """|update| / |weights before| by layer, from a copy of the weights that lives as long as the step."""
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[StepGradients, list[Tensor]]] = {}
+        self._before: dict[int, tuple[StepGradients, list[Tensor] | Exception]] = {}
         self._norms: list[tuple[list[str], Tensor, Tensor]] = []  # names, update norms, weight norms
 
-    def before_step(self, optimizer: Optimizer, seen: StepGradients) -> None:
-        """Copy the weights. LBFGS comes here several times a step: the first copy is the one before it."""
-        if id(optimizer) not in self._before:
+    def before_step(self, optimizer: Optimizer, seen: StepGradients) -> bool:
+        """Copy the weights; False if they are copied already: LBFGS comes here several times a step."""
+        if id(optimizer) in self._before:
+            return False
+        try:
             self._before[id(optimizer)] = (seen, [p.detach().clone() for p in seen.parameters])
+        except Exception as error:  # most likely too little memory, on this rank alone
+            self._before[id(optimizer)] = (seen, error)
+        return True
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Measure the update and drop the copy."""
         seen, before = self._before.pop(id(optimizer))
-        self._norms.append((seen.names, *update_and_weight_norms(before, [p.detach() for p in seen.parameters])))
+        after = [p.detach() for p in seen.parameters]
+        if isinstance(before, Exception):
+            # For sharded weights the other ranks sum over the shards twice now, and wait for this one.
+            tensor_norms(after)
+            tensor_norms(after)
+            raise before
+        self._norms.append((seen.names, *update_and_weight_norms(before, after)))
 
     def take(self, layer_index: Callable[[Sequence[str]], Sequence[int]], n_layers: int) -> dict[int, Tensor]:
         """The ratio of each layer that was updated since the last call: a scalar tensor by layer."""

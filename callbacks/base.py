@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import traceback
@@ -61,6 +62,9 @@ class Monitor(Callback):
         self.every_n_steps = check_cadence("every_n_steps", every_n_steps)
         self.failure: str | None = None
         self.off: str | None = None
+        self._stream: Stream | None = None
+        self._restored: dict[str, Any] = {}
+        self._fresh: dict[str, Any] | None = None  # the state before the first run
 
     # --- for subclasses
 
@@ -138,21 +142,37 @@ class Monitor(Callback):
             log.debug("%s could not be released: %s", type(self).__name__, error)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        """Primitives only. A subclass adds what its later readings depend on to what stands here.
+
+        No collectives: rank 0's state is what Lightning saves, and every rank goes on from it.
+        """
+        if self._stream is None:
+            return {"unflushed": [], "told": []}
+        return {"unflushed": self._stream.unflushed(self), "told": sorted(self._stream.told)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+        self._restored = state_dict
 
     # --- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.failure = self.off = None
-            Stream.of(trainer).join(self)
+            if self._fresh is None:
+                self._fresh = copy.deepcopy(self.state_dict())
+            elif trainer.global_step == 0:
+                # Another run with the same callback is not judged by the history of this one.
+                self.load_state_dict(copy.deepcopy(self._fresh))
+            self._restored = {}  # Lightning loads state after this
+            self._stream = Stream.of(trainer)
+            self._stream.join(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.guarded(trainer, self.begin, trainer, pl_module)
         stream = Stream.of(trainer)
+        restored, self._restored = self._restored, {}
+        stream.told.update(restored.get("told", ()))
+        stream.requeue(self, restored.get("unflushed", ()))
+        self.guarded(trainer, self.begin, trainer, pl_module)
         if stream.is_last(self):
             stream.start(trainer)
 
@@ -177,9 +197,9 @@ class Monitor(Callback):
             self._flush(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.guarded(trainer, self.release)
         if Stream.of(trainer).is_last(self):
             self._flush(trainer, pl_module)
+        self.guarded(trainer, self.release)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.guarded(trainer, self.release)

@@ -6,10 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.records import append_record, print_verdict, write_text
 from dynwatch.callbacks.stopping import StopHandle
 from dynwatch.callbacks.stream import Stream, logging_interval
-from dynwatch.gradients import find_nonfinite
+from dynwatch.gradients import combine_norms, find_nonfinite, tensor_norms
 from dynwatch.rules import Divergence, NonFinite, Rule, Verdict
 
 log = logging.getLogger("dynwatch")
@@ -86,17 +87,18 @@ class EarlyTermination(Monitor):
         self.check_every_n_steps = check_every_n_steps
         self.min_steps = min_steps
         self.final_validation = final_validation
-        self.verdict: Verdict | None = None
-        self._stop = StopHandle()
+        self.prints = True  # DynWatch(report=False) turns it off
         self._reset()
 
     def _reset(self) -> None:
-        self.verdict = None
+        self.verdict: Verdict | None = None
+        self._stop = StopHandle()
         self._outcome = ""
         self._told_delay = False
         self._gradient_norms: list[Tensor] = []
-        self._first_bad: Tensor | None = None
-        self._bad_names: dict[int, list[str]] = {}  # by optimizer position: names that first_bad points into
+        self._unlooked: list[StepGradients] = []  # this step's, where looking at them would wait for the device
+        self._bad_names: dict[int, list[str]] = {}  # by step: names that first_bad points into
+        self._note = ""  # what is known in words about this step's gradients
         self._losses: list[Tensor] = []
         self._batches = 0
         self._discarded_at: int | None = None
@@ -104,8 +106,9 @@ class EarlyTermination(Monitor):
         self._gradients_hidden: str | None = None
 
     def charts(self) -> Sequence[Chart]:
-        category = "dynwatch · stopping"
-        return (Chart(category, "Loss, and the limit of its band", (NonFinite.LOSS, Divergence.LIMIT), pinned=True),)
+        category = "dynwatch · run"
+        title = "Loss, and the limit above which it diverges"
+        return (Chart(category, title, (NonFinite.LOSS, Divergence.LIMIT), pinned=True),)
 
     # --- on the training process
 
@@ -121,9 +124,16 @@ class EarlyTermination(Monitor):
         on_host = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
         return 1 if on_host else logging_interval(trainer)
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Every rank asks: the folder's name is broadcast. A fast_dev_run leaves nothing on the disk.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Every rank asks, also one whose `begin` fails: the folder's name is broadcast.
+        self.guarded(trainer, self._find_log_dir, trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def _find_log_dir(self, trainer: Trainer) -> None:
+        # A fast_dev_run leaves nothing on the disk.
         self._log_dir = None if getattr(trainer, "fast_dev_run", False) else trainer.log_dir
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gradients_hidden = gradients_out_of_reach(trainer)
         if self._gradients_hidden:
             log.warning("EarlyTermination watches the loss alone: %s.", self._gradients_hidden)
@@ -137,11 +147,12 @@ class EarlyTermination(Monitor):
         self._gradient_norms.append(seen.total)
         look = seen.free_to_look or Stream.of(trainer).flush_due(trainer)
         if not look:
-            self._first_bad = seen.suspects[1]
-            self._bad_names[Stream.step(trainer)] = seen.names
+            self._unlooked.append(seen)
         elif seen.nonfinite:
-            Stream.of(trainer).notes[NonFinite.GRADIENT] = f"gradient of {seen.nonfinite}"
+            self._note = self._note or f"gradient of {seen.nonfinite}"
             self._discard(trainer, seen)
+        if seen.failure:
+            raise seen.failure
 
     def _discard(self, trainer: Trainer, seen: StepGradients) -> None:
         """Keep a non-finite gradient away from the weights, when its verdict is going to end the run."""
@@ -172,19 +183,23 @@ class EarlyTermination(Monitor):
         if self._gradient_norms:
             total = torch.stack([n.to(self._gradient_norms[0]) for n in self._gradient_norms]).square().sum().sqrt()
             tags, norms = [NonFinite.GRADIENT], [total]
-            if self._first_bad is not None:
+            if self._unlooked:
+                bad = torch.cat([~seen.norms.isfinite().to(total.device) for seen in self._unlooked])
                 tags.append(_FIRST_BAD)
-                norms.append(self._first_bad.to(total))
-            stream.emit(self, step, tags, torch.stack(norms))
+                norms.append(bad.to(total).argmax().to(total))
+                self._bad_names[step] = [name for seen in self._unlooked for name in seen.names]
+            notes = {NonFinite.GRADIENT: self._note} if self._note else {}
+            stream.emit(self, step, tags, torch.stack(norms), notes=notes)
         if _has_scaler(trainer):
             stream.emit(self, step, [NonFinite.SCALER], torch.ones(1))
         self._losses.clear()
         self._gradient_norms.clear()
-        self._first_bad = None
+        self._unlooked.clear()
+        self._note = ""
         self._batches = 0
 
     def _may_stop(self, trainer: Trainer) -> bool:
-        return trainer.fit_loop._can_stop_early and trainer.global_step + 1 >= self.min_steps
+        return trainer.fit_loop._can_stop_early and Stream.step(trainer) + 1 >= self.min_steps
 
     # --- at a flush, on the host
 
@@ -228,17 +243,27 @@ class EarlyTermination(Monitor):
                     trainer.min_epochs,
                 )
             return
-        verdict = self.verdict or _stopped_elsewhere(Stream.step(trainer))
-        verdict = self.verdict = self._add_circumstances(trainer, self._locate(pl_module, verdict))
+        verdict = self.verdict = self._locate(pl_module, self._agreed_verdict(trainer))
+        # First of all the stop itself: what fails from here on, on one rank, no longer parts the ranks.
         kept = self._stop.stop(trainer, protect_checkpoints=verdict.weights_suspect, validate=self.final_validation)
+        verdict = self.verdict = self._add_circumstances(trainer, verdict)
         self._outcome = self._describe_outcome(verdict, kept)
         self._record(trainer, verdict, kept)
+
+    def _agreed_verdict(self, trainer: Trainer) -> Verdict:
+        """The verdict of the first rank that has one; the ranks must agree on what it says of checkpoints."""
+        verdicts = [self.verdict] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(verdicts, self.verdict)
+        return next(verdict for verdict in verdicts if verdict is not None)
 
     def _locate(self, pl_module: LightningModule, verdict: Verdict) -> Verdict:
         """Say in a non-finite verdict whether, and where, the weights are spoilt."""
         if verdict.rule != NonFinite.name:
             return verdict
-        found = find_nonfinite((name, p.detach()) for name, p in pl_module.named_parameters())
+        # Buffers too: bad input spoils BatchNorm's running statistics although its update is thrown away.
+        held = [*pl_module.named_parameters(), *(b for b in pl_module.named_buffers() if b[1].is_floating_point())]
+        found = find_nonfinite((name, tensor.detach()) for name, tensor in held)
         state = f"Weights are not finite: {found}." if found else "All weights are finite."
         return replace(verdict, reason=f"{verdict.reason} {state}", weights_suspect=found is not None)
 
@@ -252,7 +277,7 @@ class EarlyTermination(Monitor):
 
     def _describe_outcome(self, verdict: Verdict, checkpoint: str | None) -> str:
         parts = []
-        if self._discarded_at is not None:
+        if self._discarded_at is not None and not verdict.weights_suspect:
             parts.append(f"The update of step {self._discarded_at} was thrown away: weights are those before it.")
         if checkpoint:
             parts.append(f"Last checkpoint: {checkpoint}")
@@ -275,10 +300,20 @@ class EarlyTermination(Monitor):
         write_text(trainer, verdict, self._outcome)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stop.active and self.verdict and trainer.is_global_zero:
-            # Only now: before, it would stand in the middle of the progress bar.
-            print_verdict(self.verdict, self._outcome)
+        self.guarded(trainer, self._emit_weights, trainer, pl_module)
         super().on_train_end(trainer, pl_module)
+
+    def _emit_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last update has no next loss to show that it spoilt the weights, so they are looked at once."""
+        weights = [p.detach() for p in pl_module.parameters()]
+        if weights:
+            total = combine_norms(tensor_norms(weights))
+            Stream.of(trainer).emit(self, Stream.step(trainer), [NonFinite.WEIGHTS], total.reshape(1))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now: before, it would stand in the middle of the progress bar.
+        if self.prints and self._stop.active and self.verdict and trainer.is_global_zero:
+            print_verdict(self.verdict, self._outcome)
 
     def release(self) -> None:
         self._stop.release()
@@ -286,9 +321,19 @@ class EarlyTermination(Monitor):
     # --- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rules": {rule.name: rule.state_dict() for rule in self.rules}}
+        # A verdict that has ended its run is not kept: who resumes from its checkpoint wants to go on.
+        waiting = None if self._stop.active else self.verdict
+        return {
+            **super().state_dict(),
+            "rules": {rule.name: rule.state_dict() for rule in self.rules},
+            "verdict": asdict(waiting) if waiting else None,
+            "bad_names": dict(self._bad_names),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.verdict = Verdict(**state_dict["verdict"]) if state_dict.get("verdict") else None
+        self._bad_names = dict(state_dict.get("bad_names", {}))
         for rule in self.rules:
             if rule.name in state_dict["rules"]:
                 rule.load_state_dict(state_dict["rules"][rule.name])
@@ -301,7 +346,3 @@ def _loss_in(outputs: Any) -> Tensor | None:
 
 def _has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def _stopped_elsewhere(step: int) -> Verdict:
-    return Verdict("other_rank", step, "Another rank decided to stop.", "See that rank's log for the reason.")

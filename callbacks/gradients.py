@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dynwatch.callbacks.after_step import AfterStep, UpdateRatio
 from dynwatch.callbacks.base import Monitor, check_cadence, isolated
+from dynwatch.callbacks.clipping import norm_after_clipping
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.noise_pairs import NoisePairs
 from dynwatch.callbacks.optimizer_step import (
@@ -51,6 +52,8 @@ class _Measured:
     norms: Tensor  # [n_parameters] before clipping
     total: Tensor  # before clipping
     clipped: Tensor  # total after clipping
+    bad_entries: Tensor  # how many are not finite, or an upper bound
+    bad: str = ""  # which, in words, if they were searched
 
 
 class GradientNormMonitor(Monitor):
@@ -85,8 +88,8 @@ class GradientNormMonitor(Monitor):
         depth: Components of a parameter's name that make a layer; None chooses the deepest that gives
             at most `max_layers`.
         max_layers: The most layers to draw; neighbours are merged beyond it.
-        update_ratio_every_n_readings: At every how many readings update ratios are taken, which need a
-            copy of the weights for the time of the optimizer step; 0 turns them off.
+        update_ratio_every_n_steps: Cadence of the update ratios, which need a copy of the weights for the
+            time of the optimizer step; 0 turns them off.
         noise_scale: Whether to estimate the noise scale.
         batch_size: Samples in one batch of one rank, for the noise scale; None takes the first
             dimension of the first tensor in the batch.
@@ -106,7 +109,7 @@ class GradientNormMonitor(Monitor):
         layers: list[str] | None = None,
         depth: int | None = None,
         max_layers: int = 32,
-        update_ratio_every_n_readings: int = 5,
+        update_ratio_every_n_steps: int = 50,
         noise_scale: bool = True,
         batch_size: int | None = None,
     ) -> None:
@@ -118,16 +121,17 @@ class GradientNormMonitor(Monitor):
         self.depth = depth
         self.max_layers = max_layers
         group_by_layer([], depth=depth, max_groups=max_layers)  # raises for bad bounds now, not at the first step
-        if update_ratio_every_n_readings != 0:
-            check_cadence("update_ratio_every_n_readings", update_ratio_every_n_readings)
+        if update_ratio_every_n_steps != 0:
+            check_cadence("update_ratio_every_n_steps", update_ratio_every_n_steps)
         if batch_size is not None:
             check_cadence("batch_size", batch_size)
-        self.update_ratio_every_n_readings = update_ratio_every_n_readings
+        self.update_ratio_every_n_steps = update_ratio_every_n_steps
         self.noise_scale = noise_scale
         self._after_step = AfterStep()
         self._updates = UpdateRatio()
         self._noise_pairs = NoisePairs(batch_size)
         self._noise = NoiseScale()
+        self._noise_scale_expected = True
         self._clips: deque[bool] = deque(maxlen=_CLIP_WINDOW)
         self._layers = LayerGroups((), ())
         self._layer_of: dict[str, int] = {}
@@ -136,14 +140,16 @@ class GradientNormMonitor(Monitor):
 
     def charts(self) -> Sequence[Chart]:
         category = "dynwatch · gradients"
-        return (
-            Chart(category, "Gradient norm: total, and after clipping", (TOTAL, CLIPPED), pinned=True),
-            Chart(category, "Gradient norm by layer", (LAYER,)),
-            Chart(category, "Update-to-weight ratio by layer", (UPDATE_RATIO,)),
-            Chart(category, "Share of steps clipped", (CLIP_FRACTION,), pinned=True),
-            Chart(category, "Gradient noise scale (samples)", (NOISE_SCALE,)),
-            Chart(category, "Share of non-finite gradient entries", (NONFINITE,)),
-        )
+        charts = [Chart(category, "Gradient norm, before and after clipping", (TOTAL, CLIPPED), pinned=True)]
+        if self.layers != []:
+            charts.append(Chart(category, "Gradient norm by layer", (LAYER,)))
+            if self.update_ratio_every_n_steps:
+                charts.append(Chart(category, "Update-to-weight ratio by layer", (UPDATE_RATIO,)))
+        charts.append(Chart(category, "Share of steps clipped", (CLIP_FRACTION,), pinned=True))
+        if self.noise_scale and self._noise_scale_expected:  # an empty chart would look like a fault
+            charts.append(Chart(category, "Gradient noise scale (samples)", (NOISE_SCALE,)))
+        charts.append(Chart(category, "Share of non-finite gradient entries", (NONFINITE,)))
+        return charts
 
     # --- on the training process
 
@@ -153,6 +159,7 @@ class GradientNormMonitor(Monitor):
         super().on_train_start(trainer, pl_module)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._noise_scale_expected = self._noise_pairs.reason_against(trainer, pl_module) is None
         reason = gradients_out_of_reach(trainer)
         if reason:
             self.switch_off(reason)
@@ -187,41 +194,40 @@ class GradientNormMonitor(Monitor):
             self._after_backward = dict(zip(map(id, held), norms, strict=True))
 
     def measure_gradients(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self.is_due(trainer):
+        every = self.update_ratio_every_n_steps
+        ratio_due = every > 0 and (Stream.step(trainer) + 1) % every == 0
+        if not (ratio_due or self.is_due(trainer)):
             return
         seen = StepGradients.of(trainer, pl_module, optimizer, self.norm_type)
         if seen is None:
             return
-        norms, total = seen.norms, seen.total
-        before = [self._after_backward.get(id(p)) for p in seen.parameters]
-        known = [norm for norm in before if norm is not None]
-        if len(known) == len(before):
-            norms = torch.stack(known)
-            total = combine_norms(norms, self.norm_type)
-        measured = self._measured[id(optimizer)] = _Measured(seen, norms, total, seen.total)
-        self._expect_clipping(trainer, pl_module, optimizer, measured)
-        n = self.update_ratio_every_n_readings
-        if n and (Stream.step(trainer) + 1) // self.every_n_steps % n == 0:
-            self._updates.before_step(optimizer, seen)
+        if ratio_due and self._updates.before_step(optimizer, seen):
             self._after_step.add(
                 optimizer, functools.partial(self.guarded, trainer, self._updates.after_step, optimizer)
             )
+        if not self.is_due(trainer):
+            return
+        measured = self._measured[id(optimizer)] = self._before_clipping(trainer, seen)
+        clipped = norm_after_clipping(trainer, pl_module, seen.total, self.norm_type)
+        if clipped is None:
+            self._after_step.add(optimizer, functools.partial(self.guarded, trainer, self._look_again, measured))
+        else:
+            measured.clipped = clipped
         if self.noise_scale and not NoisePairs.reason_against(trainer, pl_module):
             two = StepGradients.of(trainer, pl_module, optimizer, 2.0)
             self._noise_pairs.before_step(seen.total if two is None else two.total)
 
-    def _expect_clipping(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, measured: _Measured
-    ) -> None:
-        """Find the norm after clipping: in closed form where that is exact, else by a look after the step."""
-        if not pl_module.automatic_optimization:
-            return  # the user has clipped already
-        bound = trainer.gradient_clip_val
-        by_norm = trainer.gradient_clip_algorithm != "value" and self.norm_type == 2
-        if _clips_by_itself(pl_module) or (bound and not by_norm):
-            self._after_step.add(optimizer, functools.partial(self.guarded, trainer, self._look_again, measured))
-        elif bound:
-            measured.clipped = measured.total * torch.clamp(bound / (measured.total + 1e-6), max=1.0)
+    def _before_clipping(self, trainer: Trainer, seen: StepGradients) -> _Measured:
+        norms, total = seen.norms, seen.total
+        known = [self._after_backward[id(p)] for p in seen.parameters if id(p) in self._after_backward]
+        if len(known) == len(seen.parameters):
+            norms = torch.stack(known)
+            total = combine_norms(norms, self.norm_type)
+        if not (seen.free_to_look or Stream.of(trainer).flush_due(trainer)):
+            return _Measured(seen, norms, total, total, seen.suspect_entries)
+        bad = seen.nonfinite
+        entries = _on(norms, bad.entries if bad else 0)[0]
+        return _Measured(seen, norms, total, total, entries, str(bad) if bad else "")
 
     def _look_again(self, measured: _Measured) -> None:
         held = [p.grad for p in measured.seen.parameters if p.grad is not None]
@@ -230,20 +236,23 @@ class GradientNormMonitor(Monitor):
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if self.noise_scale and self.is_due(trainer):
             self._noise_pairs.end_batch(batch)
-        if not self._measured:
-            return
         stream, step = Stream.of(trainer), Stream.step(trainer)
-        measured = list(self._measured.values())
-        stream.emit(self, step, *self._norms(trainer, measured))
         ratios = self._updates.take(self._layer_index, len(self._layers.names))
         if ratios:
             tags = [UPDATE_RATIO + self._layers.names[layer] for layer in ratios]
             stream.emit(self, step, tags, torch.stack(list(ratios.values())))
-        if self.noise_scale:
-            self._emit_noise_scale(trainer, pl_module)
-        self._after_step.release()
-        self._measured.clear()
-        self._after_backward.clear()
+        measured = list(self._measured.values())
+        if measured:
+            notes = {NONFINITE: "; ".join(m.bad for m in measured if m.bad)} if any(m.bad for m in measured) else {}
+            stream.emit(self, step, *self._norms(trainer, measured), notes=notes)
+            if self.noise_scale:
+                self._emit_noise_scale(trainer, pl_module)
+            self._measured.clear()
+            self._after_backward.clear()
+        self._after_step.release()  # waits still only where the update was skipped
+        for one in measured:
+            if one.seen.failure:
+                raise one.seen.failure
 
     def _norms(self, trainer: Trainer, measured: Sequence[_Measured]) -> tuple[list[str], Tensor]:
         """Tags and values of all norms of this step, over all optimizers that stepped."""
@@ -251,13 +260,14 @@ class GradientNormMonitor(Monitor):
         index = self._layer_index([name for m in measured for name in m.seen.names])
         layers = sorted(set(index) - {-1})
         by_layer = group_norms(norms, _on(norms, *index), len(self._layers.names), self.norm_type)
+        entries = sum(m.seen.entries for m in measured)
         totals = torch.stack([m.total for m in measured])
         clipped = torch.stack([m.clipped for m in measured])
         tags = [TOTAL, CLIPPED, NONFINITE, *(LAYER + self._layers.names[layer] for layer in layers)]
         values = [
             combine_norms(totals, self.norm_type).reshape(1),
             combine_norms(clipped, self.norm_type).reshape(1),
-            self._nonfinite_share(trainer, [m.seen for m in measured]).reshape(1),
+            (torch.stack([m.bad_entries.to(norms) for m in measured]).sum() / entries).reshape(1),
             by_layer[_on(norms, *layers)],
         ]
         if len(trainer.optimizers) > 1:
@@ -266,19 +276,6 @@ class GradientNormMonitor(Monitor):
                 torch.stack([self._measured[id(o)].total for o in trainer.optimizers if id(o) in self._measured])
             )
         return tags, torch.cat([value.to(norms) for value in values])
-
-    def _nonfinite_share(self, trainer: Trainer, everything: Sequence[StepGradients]) -> Tensor:
-        stream = Stream.of(trainer)
-        entries = sum(seen.entries for seen in everything)
-        bad = []
-        for seen in everything:
-            look = seen.free_to_look or stream.flush_due(trainer)
-            if look and seen.nonfinite:
-                stream.notes[NONFINITE] = str(seen.nonfinite)
-            bad.append(
-                _on(seen.norms, seen.nonfinite.entries if seen.nonfinite else 0)[0] if look else seen.suspects[0]
-            )
-        return torch.stack([b.to(everything[0].norms) for b in bad]).sum() / entries
 
     def _emit_noise_scale(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stream, step = Stream.of(trainer), Stream.step(trainer)
@@ -303,9 +300,10 @@ class GradientNormMonitor(Monitor):
     # --- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"clips": list(self._clips), "noise": self._noise.state_dict()}
+        return {**super().state_dict(), "clips": list(self._clips), "noise": self._noise.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self._clips = deque(state_dict["clips"], maxlen=_CLIP_WINDOW)
         self._noise.load_state_dict(state_dict["noise"])
 
@@ -325,12 +323,6 @@ def _check_norm_type(norm_type: float) -> float:
     if not value > 0:
         raise ValueError(f"norm_type={norm_type!r} must be a number above 0, or inf for the largest entry; 2 is usual.")
     return value
-
-
-def _clips_by_itself(pl_module: LightningModule) -> bool:
-    """Whether the user's module overrides Lightning's clipping."""
-    owner = type(pl_module).configure_gradient_clipping.__module__
-    return owner.split(".")[0] not in ("pytorch_lightning", "lightning")
 
 
 def _on(like: Tensor, *values: int) -> Tensor:

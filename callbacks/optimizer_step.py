@@ -31,16 +31,28 @@ class StepGradients:
         parameters: The parameters themselves.
         norm_type: The p of the norms.
         norms: [n_parameters] p-norms of the gradients, on their device.
+        failure: What went wrong on this rank alone. The other ranks have got NaN for sharded gradients
+            and go on to the next collective, so this one has NaN and goes on too; whoever uses these
+            gradients raises the failure when no collective is left.
     """
 
     _latest: ClassVar[WeakKeyDictionary[Trainer, dict[tuple[int, float], StepGradients]]] = WeakKeyDictionary()
     _names: ClassVar[WeakKeyDictionary[Module, dict[int, str]]] = WeakKeyDictionary()
 
-    def __init__(self, names: list[str], parameters: list[Parameter], norm_type: float) -> None:
+    def __init__(self, names: list[str], parameters: list[Parameter], norm_type: float, alone: bool = True) -> None:
         self.names = names
         self.parameters = parameters
         self.norm_type = norm_type
-        self.norms = gradients.tensor_norms([p.grad for p in parameters if p.grad is not None], norm_type)
+        self.failure: Exception | None = None
+        self._alone = alone
+        held = [p.grad for p in parameters if p.grad is not None]
+        try:
+            self.norms = gradients.tensor_norms(held, norm_type)
+        except Exception as error:
+            if alone:
+                raise
+            self.failure = error
+            self.norms = torch.full((len(held),), math.nan, dtype=torch.float64, device=held[0].device)
 
     @functools.cached_property
     def total(self) -> Tensor:
@@ -53,7 +65,13 @@ class StepGradients:
         if math.isfinite(self.total.item()):
             return None
         named = zip(self.names, self.parameters, strict=True)
-        return gradients.find_nonfinite((name, p.grad) for name, p in named if p.grad is not None)
+        try:
+            return gradients.find_nonfinite((name, p.grad) for name, p in named if p.grad is not None)
+        except Exception as error:
+            if self._alone:
+                raise
+            self.failure = self.failure or error
+            return None
 
     @property
     def free_to_look(self) -> bool:
@@ -66,15 +84,14 @@ class StepGradients:
         return sum(p.numel() for p in self.parameters)
 
     @functools.cached_property
-    def suspects(self) -> Tensor:
-        """For when a search would have to wait for the device: [2] on the device.
+    def suspect_entries(self) -> Tensor:
+        """For when a search would have to wait for the device: an upper bound of the non-finite entries.
 
-        The number of entries of all parameters whose norm is not finite (an upper bound of the
-        non-finite entries), and the position of the first of them.
+        It is the number of entries of all parameters whose norm is not finite, a scalar on the device.
         """
         bad = ~self.norms.isfinite()
         sizes = _sizes(tuple(p.numel() for p in self.parameters), self.norms.device, self.norms.dtype)
-        return torch.stack([(sizes * bad).sum(), bad.to(sizes.dtype).argmax().to(sizes.dtype)])
+        return (sizes * bad).sum()
 
     @classmethod
     def of(
@@ -104,7 +121,9 @@ class StepGradients:
             if any(id(p) not in known for _, p in with_gradient):
                 known = cls._names[pl_module] = parameter_names(pl_module)
             names = [known.get(id(p), f"optimizer.{i}") for i, p in with_gradient]
-            found = cache[id(optimizer), norm_type] = cls(names, [p for _, p in with_gradient], norm_type)
+            found = cache[id(optimizer), norm_type] = cls(
+                names, [p for _, p in with_gradient], norm_type, alone=trainer.world_size == 1
+            )
         return found
 
     @classmethod

@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
 from dynwatch.callbacks.namespaces import Trainer
 from dynwatch.callbacks.series import sparkline
 from dynwatch.callbacks.stream import tensorboard_writers
+from dynwatch.callbacks.terminal import terminal
 from dynwatch.rules import Verdict
 
 log = logging.getLogger("dynwatch")
@@ -67,4 +68,5 @@ def verdict_panel(verdict: Verdict, outcome: str) -> Panel:
 
 
 def print_verdict(verdict: Verdict, outcome: str) -> None:
-    Console().print(verdict_panel(verdict, outcome))
+    with terminal() as console:
+        console.print(verdict_panel(verdict, outcome))

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from dynwatch.callbacks.namespaces import Trainer
 from dynwatch.callbacks.panels import pinned_link
 from dynwatch.callbacks.series import Series
 from dynwatch.callbacks.stream import OVERHEAD, Stream, tensorboard_loggers
+from dynwatch.callbacks.terminal import terminal
 from dynwatch.rules import Verdict
 
 
@@ -29,39 +29,39 @@ def tensorboard_lines(trainer: Trainer, stream: Stream) -> list[str]:
 
 def print_start(trainer: Trainer, stream: Stream) -> None:
     """Two lines when training starts, so that one can watch from the first step."""
-    console = Console()
-    watched = ", ".join(type(member).__name__ for member in stream.members)
-    console.print(Text(f"dynwatch watches this run: {watched}."))
-    for line in tensorboard_lines(trainer, stream):
-        console.print(Text(f"  {line}"), soft_wrap=True)
+    with terminal() as console:
+        watched = ", ".join(type(member).__name__ for member in stream.members)
+        console.print(Text(f"dynwatch watches this run: {watched}."))
+        for line in tensorboard_lines(trainer, stream):
+            console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> None:
     """The table at the end of fit."""
-    console = Console()
-    table = Table(title="dynwatch", title_justify="left", box=SIMPLE, pad_edge=False)
-    table.add_column("reading", overflow="fold")
-    for column in ("last", "min", "max"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("over the run", no_wrap=True)
-    for tag, series in _key_series(stream):
-        low, high = (
-            (_figure(series.smallest), _figure(series.largest)) if series.smallest <= series.largest else ("", "")
-        )
-        table.add_row(tag, _figure(series.last), low, high, series.sparkline(20))
-    console.print(table)
-    for tag, reason in stream.reasons.items():
-        console.print(Text(f"{tag}: not available: {reason}.", style="dim"))
-    for member in stream.members:
-        if member.off:
-            console.print(Text(f"{type(member).__name__} was switched off: {member.off}", style="yellow"))
-    if verdict is None:
-        console.print(Text(f"Verdict: nothing to object to. Own cost: {stream.overhead():.1%} of the run's time."))
-    else:
-        console.print(Text(f"Verdict: stopped by {verdict.rule} at step {verdict.step}.", style="bold red"))
-        console.print(Text(f"Own cost: {stream.overhead():.1%} of the run's time."))
-    for line in tensorboard_lines(trainer, stream):
-        console.print(Text(f"  {line}"), soft_wrap=True)
+    with terminal() as console:
+        table = Table(title="dynwatch", title_justify="left", box=SIMPLE, pad_edge=False)
+        table.add_column("reading", overflow="fold")
+        for column in ("last", "min", "max"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("over the run", no_wrap=True)
+        for tag, series in _key_series(stream):
+            low, high = (
+                (_figure(series.smallest), _figure(series.largest)) if series.smallest <= series.largest else ("", "")
+            )
+            table.add_row(Text(tag), _figure(series.last), low, high, series.sparkline(20))
+        console.print(table)
+        for tag, reason in stream.reasons.items():
+            console.print(Text(f"{tag}: not available: {reason}.", style="dim"))
+        for member in stream.members:
+            if member.off:
+                console.print(Text(f"{type(member).__name__} was switched off: {member.off}", style="yellow"))
+        if verdict is None:
+            console.print(Text(f"Verdict: nothing to object to. Own cost: {stream.overhead():.1%} of the run's time."))
+        else:
+            console.print(Text(f"Verdict: stopped by {verdict.rule} at step {verdict.step}.", style="bold red"))
+            console.print(Text(f"Own cost: {stream.overhead():.1%} of the run's time."))
+        for line in tensorboard_lines(trainer, stream):
+            console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dynwatch.callbacks.namespaces import Trainer
 
 
@@ -31,11 +33,16 @@ class StopHandle:
             self._limit_val_batches = trainer.limit_val_batches
             trainer.limit_val_batches = 0
         newest = None
+        callback: Any  # other checkpoint callbacks than ModelCheckpoint have none of these attributes
         for callback in trainer.checkpoint_callbacks:
             newest = newest or getattr(callback, "_last_checkpoint_saved", None) or None
             if protect_checkpoints and hasattr(callback, "_last_global_step_saved"):
                 # ModelCheckpoint saves a step only once: this one now counts as saved.
                 callback._last_global_step_saved = trainer.global_step
+                # With save_last it writes at the end of training if it believes that it never saved. After a
+                # resume that would overwrite the checkpoint from which the run came.
+                if not callback._last_checkpoint_saved:
+                    callback._last_checkpoint_saved = callback.last_model_path or callback.best_model_path
         return newest
 
     def release(self) -> None:

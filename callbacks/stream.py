@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -41,6 +41,7 @@ class Entry:
     tags: tuple[str, ...]
     values: Tensor  # [len(tags)]
     mean_over_ranks: bool
+    notes: Mapping[str, str] = field(default_factory=dict)  # what is known in words about a reading, by tag
 
 
 class Stream:
@@ -49,8 +50,8 @@ class Stream:
     def __init__(self) -> None:
         self.members: list[Monitor] = []
         self.series: dict[str, Series] = {}
-        self.notes: dict[str, str] = {}  # what is known in words about a tag's latest reading
         self.reasons: dict[str, str] = {}  # why a tag has no value
+        self.told: set[str] = set()  # the tags of which that was said, also before a resume
         self.flush_every_n_steps = 0  # 0: as often as the Trainer logs
         self._pending: list[Entry] = []
         self._broken_loggers: set[int] = set()
@@ -101,7 +102,7 @@ class Stream:
                 log.warning("dynwatch could not write its TensorBoard panels: %s. Scalars are still logged.", error)
 
     def charts(self) -> list[Chart]:
-        own = Chart("dynwatch · cost", "Share of the run's time spent in dynwatch", (OVERHEAD,))
+        own = Chart("dynwatch · run", "Share of the run's time spent in dynwatch", (OVERHEAD,))
         return [chart for member in self.members for chart in member.charts()] + [own]
 
     def is_last(self, member: Monitor) -> bool:
@@ -121,6 +122,7 @@ class Stream:
         values: Tensor,
         *,
         mean_over_ranks: bool = False,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         """Queue raw values for the next flush, where `source.finish` turns them into readings.
 
@@ -130,14 +132,43 @@ class Stream:
             tags: Names of the raw values.
             values: [len(tags)], on any device, not to be changed afterwards.
             mean_over_ranks: Average the values over the ranks; every rank must then emit them.
+            notes: What is known in words about a reading of this step, by its tag.
         """
-        self._pending.append(Entry(source, step, tuple(tags), values.detach(), mean_over_ranks))
+        self._pending.append(Entry(source, step, tuple(tags), values.detach(), mean_over_ranks, dict(notes or {})))
+
+    def unflushed(self, source: Monitor) -> list[dict[str, Any]]:
+        """A member's queue as primitives, for its state. Waits for the device, as a checkpoint does anyway."""
+        entries = [entry for entry in self._pending if entry.source is source]
+        return [
+            {
+                "step": entry.step,
+                "tags": list(entry.tags),
+                "values": values,
+                "mean_over_ranks": entry.mean_over_ranks,
+                "notes": dict(entry.notes),
+            }
+            for entry, values in zip(entries, _to_host([entry.values for entry in entries]), strict=True)
+        ]
+
+    def requeue(self, source: Monitor, unflushed: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with a queue that `unflushed` saved."""
+        for saved in unflushed:
+            values = torch.tensor(saved["values"], dtype=torch.float64)
+            self.emit(
+                source,
+                saved["step"],
+                saved["tags"],
+                values,
+                mean_over_ranks=saved["mean_over_ranks"],
+                notes=saved["notes"],
+            )
 
     def unavailable(self, tag: str, reason: str) -> bool:
         """Say once why a tag has no value; True the first time, when the caller emits one NaN."""
-        if tag in self.reasons:
-            return False
         self.reasons[tag] = reason
+        if tag in self.told:
+            return False
+        self.told.add(tag)
         return True
 
     def flush_due(self, trainer: Trainer) -> bool:
@@ -160,14 +191,16 @@ class Stream:
             else:
                 pending = [entry for entry in pending if not entry.mean_over_ranks]
         by_step: dict[int, dict[str, float]] = {}
+        notes: dict[int, dict[str, str]] = {}
         for entry, values in zip(pending, _to_host([entry.values for entry in pending]), strict=True):
             raw = dict(zip(entry.tags, values, strict=True))
             readings = entry.source.guarded(trainer, entry.source.finish, entry.step, raw)
             by_step.setdefault(entry.step, {}).update(readings or {})
+            notes.setdefault(entry.step, {}).update(entry.notes)
         for step in sorted(by_step):
             readings = by_step[step]
             for member in self.members:
-                readings.update(member.guarded(trainer, member.read, step, readings, self.notes) or {})
+                readings.update(member.guarded(trainer, member.read, step, readings, notes[step]) or {})
             self._hand_on(trainer, step, self._shown(trainer, step, readings))
 
     def _shown(self, trainer: Trainer, step: int, readings: dict[str, float]) -> dict[str, float]:
@@ -233,7 +266,7 @@ class Stream:
             if entry.source in off:
                 continue
             values = next(means) if entry.mean_over_ranks else entry.values
-            result.append(Entry(entry.source, entry.step, entry.tags, values, False))
+            result.append(replace(entry, values=values, mean_over_ranks=False))
         return result
 
     # --- own cost

@@ -53,6 +53,8 @@ class DynWatch(Callback):
         if not self.monitors:
             raise ValueError("DynWatch(gradients=False, stop=False) watches nothing: turn one on or leave it out.")
         self.report = report
+        if self.early_termination and not report:
+            self.early_termination.prints = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for monitor in self.monitors:
@@ -61,6 +63,8 @@ class DynWatch(Callback):
             print_start(trainer, Stream.of(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for monitor in self.monitors:
+            monitor.on_fit_end(trainer, pl_module)
         if self.report and trainer.is_global_zero:
             print_summary(trainer, Stream.of(trainer), self.verdict)
 

@@ -18,6 +18,11 @@ class LayerGroups:
     Attributes:
         names: The layers, in the order of their first parameter.
         index: For each parameter the position of its layer in `names`, or -1 if it belongs to none.
+
+    Example:
+        >>> groups = LayerGroups(names=("conv", "head"), index=(0, 0, 1))
+        >>> groups.names[groups.index[2]]
+        'head'
     """
 
     names: tuple[str, ...]

@@ -62,17 +62,20 @@ class NoiseScale:
     def update(self, small_square: float, big_square: float, inverse_small: float, inverse_big: float) -> float:
         """Take in one pair of gradients (as `signal_and_noise`) and return the noise scale.
 
-        Non-finite squares (a skipped step of a gradient scaler) are left out.
+        Pairs that tell nothing are left out: squares that are not finite (a skipped step of a gradient
+        scaler), sizes that are not known (NaN) or of which the big one is not bigger (a short last
+        micro-batch gives its few samples so much weight that the mean is as noisy as a full one).
 
         Returns:
             The noise scale in samples; NaN while the averaged signal or noise is not positive, which
             means that the noise is too large or too small to be told from these batch sizes.
         """
-        if math.isfinite(small_square) and math.isfinite(big_square):
+        if inverse_big < inverse_small:
             signal, noise = signal_and_noise(small_square, big_square, inverse_small, inverse_big)
-            # Both start from zero alike, so the start-up bias cancels in their quotient.
-            self._signal += _NEWEST * (signal - self._signal)
-            self._noise += _NEWEST * (noise - self._noise)
+            if math.isfinite(signal) and math.isfinite(noise):
+                # Both start from zero alike, so the start-up bias cancels in their quotient.
+                self._signal += _NEWEST * (signal - self._signal)
+                self._noise += _NEWEST * (noise - self._noise)
         if self._signal <= 0 or self._noise < 0:
             return math.nan
         return self._noise / self._signal

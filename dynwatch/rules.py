@@ -30,6 +30,11 @@ class Verdict:
         evidence: For each tag the last readings as (step, value) pairs, oldest first.
         weights_suspect: Whether the weights may have been spoilt, so that they should not replace an
             earlier checkpoint.
+
+    Example:
+        >>> verdict = Verdict("patience", step=7, reason="Enough.", advice="Rest.", evidence={"loss": [(7, math.inf)]})
+        >>> verdict.to_dict()["evidence"]
+        {'loss': [[7, 'inf']]}
     """
 
     rule: str
@@ -50,7 +55,20 @@ class Verdict:
 
 
 class Rule(ABC):
-    """What `EarlyTermination` asks of a rule."""
+    """What `EarlyTermination` asks of a rule.
+
+    Example:
+        >>> class Budget(Rule):
+        ...     name = "budget"
+        ...     def update(self, step, readings, notes):
+        ...         return Verdict(self.name, step, "100 steps are spent.", "Buy more.") if step >= 100 else None
+        ...     def state_dict(self):
+        ...         return {}
+        ...     def load_state_dict(self, state):
+        ...         pass
+        >>> Budget().update(100, {}, {}).reason
+        '100 steps are spent.'
+    """
 
     name: str
 
@@ -99,14 +117,14 @@ class NonFinite(Rule):
             raise ValueError(f"scaler_patience={scaler_patience} must be at least 1.")
         self.scaler_patience = scaler_patience
         self._overflows = 0
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=EVIDENCE_LENGTH)
+        self._recent: deque[tuple[int, float | None, float | None]] = deque(maxlen=EVIDENCE_LENGTH)
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
         loss = readings.get(self.LOSS)
         gradient = readings.get(self.GRADIENT)
         weights = readings.get(self.WEIGHTS)
         if loss is not None or gradient is not None:
-            self._recent.append((step, math.nan if loss is None else loss, math.nan if gradient is None else gradient))
+            self._recent.append((step, loss, gradient))
         bad_gradient = gradient is not None and not math.isfinite(gradient)
         self._overflows = self._overflows + 1 if bad_gradient and readings.get(self.SCALER) else 0
         if weights is not None and not math.isfinite(weights):
@@ -132,8 +150,8 @@ class NonFinite(Rule):
                 "torch.autograd.detect_anomaly() names the operation."
             ),
             evidence={
-                self.LOSS: [(s, loss) for s, loss, _ in self._recent],
-                self.GRADIENT: [(s, gradient) for s, _, gradient in self._recent],
+                self.LOSS: [(s, loss) for s, loss, _ in self._recent if loss is not None],
+                self.GRADIENT: [(s, gradient) for s, _, gradient in self._recent if gradient is not None],
             },
         )
 

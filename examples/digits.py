@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynwatch.callbacks import DynWatch
+from dynwatch.callbacks import DynWatch, GradientNormMonitor
 
 EPOCHS = 12
 
@@ -71,9 +71,10 @@ def train(name: str, lr: float, logdir: Path) -> pl.Trainer:
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=TensorBoardLogger(logdir, name=None, version=name, default_hp_metric=False),
-        callbacks=[DynWatch()],
+        # DynWatch() is enough; these runs are so short that finer curves are nice to have.
+        callbacks=[DynWatch(GradientNormMonitor(every_n_steps=5, update_ratio_every_n_steps=10))],
         gradient_clip_val=1.0,
-        log_every_n_steps=10,
+        log_every_n_steps=5,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -1,0 +1,95 @@
+"""Takes the pictures in docs/images of the digits demo, as TensorBoard shows it.
+
+    python docs/screenshots.py
+
+Needs Chromium and playwright. The gradient, update and loss charts are set to a logarithmic scale, with the button
+that each chart has: on a linear one the diverging run would hide the healthy one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from browser import browser, tensorboard  # noqa: E402 - its folder is known only now
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+LARGEST = 200_000  # bytes
+LOGARITHMIC = ("Gradient norm, before", "Gradient norm by layer", "Update-to-weight", "Loss, and the limit")
+CARD = "tf-custom-scalar-multi-line-chart-card"
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Path(folder, "digits")
+        command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--logdir", str(logs)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        link = re.findall(r"http://localhost:6006(/\S+)", said)[-1]
+        with tensorboard(logs, ["healthy", "poor"]) as address, browser() as chromium:
+            page = chromium.new_page(viewport={"width": 1500, "height": 1130})
+            panels(page, f"{address}/#custom_scalars&_smoothingWeight=0")
+            page = chromium.new_page(viewport={"width": 1400, "height": 600})
+            pinned(page, address + link)
+            page = chromium.new_page(viewport={"width": 1400, "height": 500})
+            verdict(page, f"{address}/#text")
+
+
+def panels(page: Page, address: str) -> None:
+    page.goto(address)
+    page.locator(CARD).first.wait_for()
+    page.get_by_text("Ignore outliers in chart scaling").click()
+    for title in LOGARITHMIC:
+        card = page.locator(CARD, has_text=title)
+        card.locator("path.line").first.wait_for(state="attached")
+        card.get_by_title("Toggle y-axis log scale").click()
+        card.get_by_title("Fit domain to data").click()
+    page.locator(CARD).first.scroll_into_view_if_needed()
+    save(page, "panels.png")
+
+
+def pinned(page: Page, address: str) -> None:
+    page.goto(address)
+    page.locator("metrics-pinned-view card-view").first.wait_for()
+    page.wait_for_timeout(3000)  # all cards draw, and the settings have slid in
+    page.get_by_text("Ignore outliers in chart scaling").click()
+    page.get_by_role("button", name="Close side pane").click()
+    for tag in ("grad_norm/total", "stop/loss"):
+        card = page.locator("metrics-pinned-view card-view", has_text=tag)
+        card.get_by_label("More line chart options").click()
+        page.get_by_role("menuitem", name="log scale").click()
+    save(page, "pinned.png")
+
+
+def verdict(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_text("stop/verdict").first.wait_for()
+    save(page, "verdict.png")
+
+
+def save(page: Page, name: str) -> None:
+    """Keep what the page shows, with as many colours as its size allows."""
+    path = IMAGES / name
+    page.mouse.move(5, 5)  # so that no tooltip shows
+    page.wait_for_timeout(2000)  # curves move to their new scale
+    page.screenshot(path=path)
+    if path.stat().st_size > LARGEST:
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    if path.stat().st_size > LARGEST:
+        raise RuntimeError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}.")
+
+
+if __name__ == "__main__":
+    main()

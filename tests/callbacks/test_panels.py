@@ -1,0 +1,171 @@
+"""The TensorBoard layout that the callbacks declare, and the link that pins the main cards."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import runs
+from pytorch_lightning.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+from dynwatch.callbacks import DynWatch, GradientNormMonitor
+from dynwatch.callbacks.panels import MOST_PINS, Chart, layout, pinned_link
+from dynwatch.callbacks.stream import Stream
+
+
+def matches(patterns: list[str], tag: str) -> bool:
+    """What TensorBoard does with the patterns of a chart."""
+    return re.compile("|".join(f"({pattern})" for pattern in patterns)).match(tag) is not None
+
+
+def layouts_in(folder: Path) -> list[Layout]:
+    """All custom-scalars layouts in the event files of a folder, in the order of writing."""
+    found = []
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "custom_scalars":
+                    found.append(Layout.FromString(value.tensor.string_val[0]))
+    return found
+
+
+def watch(**settings: Any) -> DynWatch:
+    """DynWatch with all of its monitors at every step, and quiet."""
+    defaults = {"every_n_steps": 1, "update_ratio_every_n_steps": 1}
+    return DynWatch(GradientNormMonitor(**(defaults | settings)), report=False)
+
+
+@pytest.mark.parametrize(
+    ("declared", "tag", "matched"),
+    [
+        ("grad_norm/total", "grad_norm/total", True),
+        ("grad_norm/total", "grad_norm/total_x", False),
+        ("grad_norm/total", "grad_norm/total/x", False),
+        ("grad_norm/total", "user/grad_norm/total", False),
+        ("grad_norm/layer/net.0", "grad_norm/layer/net.0", True),
+        ("grad_norm/layer/net.0", "grad_norm/layer/netx0", False),
+        ("a+b(c)[d]|e", "a+b(c)[d]|e", True),
+        ("a+b(c)[d]|e", "e", False),
+        ("update_ratio/", "update_ratio/net.0", True),
+        ("update_ratio/", "update_ratio/block.attn/x", True),
+        ("update_ratio/", "update_ratios", False),
+        ("update_ratio/", "update_ratio", False),
+        ("grad_norm/layer/", "grad_norm/total", False),
+    ],
+)
+def test_a_pattern_matches_its_tags_and_no_other(declared: str, tag: str, matched: bool) -> None:
+    """A tag stands for itself, with nothing special in it; one that ends in a slash for all below it."""
+    kind, patterns = layout([Chart("c", "t", (declared,))])["c"]["t"]
+    assert kind == "Multiline"
+    assert isinstance(patterns, list)
+    assert matches(patterns, tag) is matched
+
+
+def test_layout_keeps_the_order_of_charts_and_gathers_a_category() -> None:
+    """Categories stand where they come first; a later chart of one joins it at its end."""
+    charts = [Chart("b", "2", ("x", "y/")), Chart("a", "1", ("z",)), Chart("b", "1", ("z",))]
+    drawn = layout(charts)
+    assert [(category, list(inside)) for category, inside in drawn.items()] == [("b", ["2", "1"]), ("a", ["1"])]
+    assert drawn["b"]["2"] == ["Multiline", ["x$", "y/"]]
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST_PINS, MOST_PINS + 5])
+def test_link_pins_the_first_tag_of_the_first_ten_pinned_charts(count: int) -> None:
+    """The link reads back as TensorBoard reads it, whatever is in a tag, and asks for no more pins than it takes."""
+    tags = [f'group/{i} &#?"%+ä' for i in range(count)]
+    charts = [Chart("c", tag, (tag, "other"), pinned=True) for tag in tags] + [Chart("c", "not", ("not",))]
+    link = urlsplit(pinned_link(charts, port=7007))
+    query = parse_qs(link.query, strict_parsing=True)
+    assert (link.scheme, link.netloc, link.path, link.fragment) == ("http", "localhost:7007", "/", "timeseries")
+    assert query["smoothing"] == ["0"]
+    assert json.loads(query["pinnedCards"][0]) == [{"plugin": "scalars", "tag": tag} for tag in tags[:10]]
+
+
+def test_a_run_has_one_layout_and_each_of_its_charts_has_data(tmp_path: Path) -> None:
+    """Two members write one layout together; every pattern in it finds a tag, and every tag of ours has a chart."""
+    fit = runs.trainer(tmp_path, [watch()], max_epochs=3, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    fit.fit(runs.Classifier(), runs.data())
+    (written,) = layouts_in(tmp_path)
+    assert [category.title for category in written.category] == ["dynwatch · gradients", "dynwatch · run"]
+    patterns = [tag for category in written.category for chart in category.chart for tag in chart.multiline.tag]
+    logged = runs.scalars(tmp_path / "run").keys()
+    assert [p for p in patterns if not any(matches([p], tag) for tag in logged)] == []
+    assert {tag for tag in logged if not matches(patterns, tag)} == {"epoch", "train_loss"}
+
+
+def test_a_stopped_run_adds_no_second_layout(tmp_path: Path) -> None:
+    """What is written at a verdict leaves the panels alone."""
+    watched = watch()
+    runs.trainer(tmp_path, [watched]).fit(runs.Classifier(bad_at=2), runs.data())
+    assert watched.verdict is not None
+    assert len(layouts_in(tmp_path)) == 1
+
+
+def test_each_run_of_one_callback_has_its_own_layout(tmp_path: Path) -> None:
+    """A callback that is used for two fits writes one layout in each folder."""
+    watched = watch()
+    for name in ("first", "second"):
+        runs.trainer(tmp_path / name, [watched], max_epochs=1).fit(runs.Classifier(), runs.data())
+        assert len(layouts_in(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({}, {"Gradient noise scale (samples)"}),
+        (
+            {"layers": []},
+            {"Gradient norm by layer", "Update-to-weight ratio by layer", "Gradient noise scale (samples)"},
+        ),
+        (
+            {"update_ratio_every_n_steps": 0},
+            {"Update-to-weight ratio by layer", "Gradient noise scale (samples)"},
+        ),
+    ],
+)
+def test_what_a_run_cannot_measure_gets_no_empty_chart(
+    tmp_path: Path, settings: dict[str, Any], missing: set[str]
+) -> None:
+    """Charts of readings that are turned off, or out of reach as the noise scale of one batch is, are left out."""
+    runs.trainer(tmp_path, [watch(**settings)], max_epochs=1).fit(runs.Classifier(), runs.data())
+    (written,) = layouts_in(tmp_path)
+    shown = {chart.title for category in written.category for chart in category.chart}
+    everything = {chart.title for chart in GradientNormMonitor().charts()}
+    assert everything - shown == missing
+
+
+@pytest.mark.parametrize("kind", ["csv", "none"])
+def test_without_tensorboard_there_is_no_layout(tmp_path: Path, kind: str) -> None:
+    """With another logger or none, no event file appears, and the readings still reach callback_metrics."""
+    logger = CSVLogger(tmp_path) if kind == "csv" else False
+    fit = runs.trainer(tmp_path, [watch()], logger=logger)
+    fit.fit(runs.Classifier(), runs.data())
+    assert list(tmp_path.rglob("events.out.tfevents.*")) == []
+    assert float(fit.callback_metrics["grad_norm/total"]) > 0
+
+
+def test_a_refused_layout_costs_only_the_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If TensorBoard's writer refuses the layout, the log says so and the scalars are written."""
+
+    def refuse(*args: object) -> None:
+        raise OSError("disk full")
+
+    fit = runs.trainer(tmp_path, [watch()], max_epochs=1)
+    monkeypatch.setattr(fit.logger.experiment, "add_custom_scalars", refuse)
+    fit.fit(runs.Classifier(), runs.data())
+    assert "could not write its TensorBoard panels: disk full" in caplog.text
+    assert layouts_in(tmp_path) == []
+    assert len(runs.scalars(tmp_path / "run")["grad_norm/total"]) == 8
+
+
+def test_charts_of_a_stream_without_members_are_its_own_cost() -> None:
+    """The stream itself declares the chart of dynwatch's overhead."""
+    assert [chart.tags for chart in Stream().charts()] == [("dynwatch/overhead",)]

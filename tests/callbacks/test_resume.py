@@ -1,0 +1,113 @@
+"""A run that was killed with SIGKILL and resumed reads, stops and says the same as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resume_run
+import runs
+import torch
+from resume_run import KILLED_AT, SCENARIOS
+
+from dynwatch.rules import Verdict
+
+TIME_LIMIT = 120  # seconds for all killed runs together; they take 15 on an idle core
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all killed runs."""
+    folder = tmp_path_factory.mktemp("killed")
+    ended = subprocess.run(
+        [sys.executable, resume_run.__file__, str(folder)], capture_output=True, text=True, timeout=TIME_LIMIT
+    )
+    for name in SCENARIOS:
+        assert f"{name} {int(signal.SIGKILL)}\n" in ended.stdout, ended.stdout + ended.stderr
+    return folder
+
+
+def checkpoint(folder: Path) -> Path:
+    (only,) = (folder / "killed" / "checkpoints").iterdir()
+    return only
+
+
+def resume(killed: Path, name: str, version: str = "resumed") -> Verdict | None:
+    """Resume a killed run, unless another test has, and return its verdict."""
+    folder = killed / name
+    verdict: Verdict | None = resume_run.train(
+        SCENARIOS[name], folder, version, killed=False, checkpoint=checkpoint(folder)
+    ).verdict
+    return verdict
+
+
+def readings(folder: Path) -> dict[str, dict[int, str]]:
+    """All of dynwatch's readings of a run but its own cost, as text so that NaN equals NaN."""
+    groups = ("grad_norm/", "update_ratio/", "stop/")
+    return {
+        tag: {step: repr(value) for step, value in values}
+        for tag, values in runs.scalars(folder).items()
+        if tag.startswith(groups)
+    }
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The verdicts in the log folder, without the time and the place."""
+    file = folder / "dynwatch.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k not in ("time", "last_checkpoint")} for record in found]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_resumed_run_reads_the_same(killed: Path, tmp_path: Path, name: str) -> None:
+    """Every reading of both parts together, the verdict, its evidence and its step are those of an unbroken run."""
+    expected_verdict = resume_run.train(SCENARIOS[name], tmp_path, "unbroken", killed=False).verdict
+    verdict = resume(killed, name)
+    expected, first = readings(tmp_path / "unbroken"), readings(killed / name / "killed")
+    second = readings(killed / name / "resumed")
+    assert expected["grad_norm/total"] and first["grad_norm/total"] and second["grad_norm/total"]
+    for tag in first.keys() & second.keys():
+        twice = first[tag].keys() & second[tag].keys()
+        assert {s: first[tag][s] for s in twice} == {s: second[tag][s] for s in twice}, tag
+    together = {tag: first.get(tag, {}) | second.get(tag, {}) for tag in first | second}
+    assert together == expected
+    assert records(killed / name / "resumed") == records(tmp_path / "unbroken")
+    assert repr(verdict) == repr(expected_verdict)
+    assert (verdict is None) == name.startswith(("healthy", "accumulated"))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "step"),
+    [("diverging_7", "divergence", 12), ("nan_7", "non_finite", 9), ("nan_7_without_looks", "non_finite", 9)],
+)
+def test_the_verdict_counts_what_was_unread(killed: Path, name: str, rule: str, step: int) -> None:
+    """Steps that were measured before the checkpoint and read after it take part in the verdict, with their words."""
+    verdict = resume(killed, name, "resumed_once_more")
+    assert verdict is not None and (verdict.rule, verdict.step) == (rule, step)
+    assert rule == "divergence" or "gradient of net.0.weight first" in verdict.reason
+
+
+@pytest.mark.parametrize("name", ["healthy_7", "accumulated_7", "nan_7_without_looks", "nan_1_delayed"])
+def test_state_is_primitives_and_tensors(killed: Path, name: str) -> None:
+    """The checkpoint loads with weights_only=True, and holds the readings that were not flushed yet."""
+    saved = torch.load(checkpoint(killed / name), weights_only=True)
+    (state,) = (state for key, state in saved["callbacks"].items() if "DynWatch" in key)
+    unread = {entry["step"] for entry in state["EarlyTermination"]["unflushed"]}
+    assert unread == (set() if name == "nan_1_delayed" else {8, 9})
+    assert (state["EarlyTermination"]["verdict"] is not None) == (name == "nan_1_delayed")
+
+
+@pytest.mark.parametrize("name", ["healthy_1", "healthy_7"])
+def test_readings_before_the_kill_are_on_the_disk(killed: Path, name: str) -> None:
+    """Event files of a killed run are readable up to the last logging step at which something was read."""
+    last = max(readings(killed / name / "killed")["stop/loss"])
+    assert last == (KILLED_AT - 1 if name == "healthy_1" else 7)

@@ -1,0 +1,149 @@
+"""The panels, the pinned link and the verdict in a real TensorBoard, seen by a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import browser
+import pytest
+import runs
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from dynwatch.callbacks import DynWatch, GradientNormMonitor
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.browser
+
+PATIENCE_MS = 60_000
+CARD = "tf-custom-scalar-multi-line-chart-card"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Two runs in a TensorBoard: a good one of 16 steps, and one whose loss becomes NaN at its step 5."""
+
+    address: str
+    folder: Path
+    link: str  # as dynwatch printed it
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """The browser; without one these tests are skipped, except in CI, where they fail."""
+    path = browser.chromium()
+    if path is None:
+        message = "no Chromium on PATH (chromium, chromium-browser or google-chrome)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    folder = tmp_path_factory.mktemp("logs")
+    terminal = io.StringIO()
+    with contextlib.redirect_stdout(terminal):
+        for name, bad_at in (("good", None), ("poor", 5)):
+            torch.manual_seed(0)
+            watch = DynWatch(GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1))
+            logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
+            runs.trainer(folder, [watch], logger=logger).fit(runs.Classifier(bad_at=bad_at), runs.data())
+    link = re.findall(r"http://localhost:6006\S*", terminal.getvalue())[-1]
+    with browser.tensorboard(folder, ["good", "poor"]) as address:
+        yield Seen(address, folder, link)
+
+
+@pytest.fixture
+def page(chromium: str) -> Iterator[Page]:
+    with browser.browser() as opened:
+        page = opened.new_page(viewport={"width": 1500, "height": 1100})
+        page.set_default_timeout(PATIENCE_MS)
+        yield page
+
+
+def show_all_categories(page: Page) -> None:
+    """Open the categories of the Custom Scalars tab that are closed."""
+    page.locator("tf-category-paginated-view").first.wait_for()
+    for category in page.locator("tf-category-paginated-view").all():
+        if not category.locator("iron-collapse.iron-collapse-opened").count():
+            category.locator("button.heading").click()
+
+
+def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, page: Page) -> None:
+    """Every chart that the callbacks declare stands under its heading, and nothing else does."""
+    page.goto(f"{seen.address}/#custom_scalars")
+    show_all_categories(page)
+    page.locator(CARD, has_text="Share of the run's time spent in dynwatch").wait_for()
+    shown = {
+        category.locator("button.heading").inner_text().split("\n")[0]: category.locator(
+            f"{CARD} .heading-label.name"
+        ).all_inner_texts()
+        for category in page.locator("tf-category-paginated-view").all()
+    }
+    assert shown == {
+        "dynwatch · gradients": [
+            "Gradient norm, before and after clipping",
+            "Gradient norm by layer",
+            "Update-to-weight ratio by layer",
+            "Share of steps clipped",
+            "Share of non-finite gradient entries",
+        ],
+        "dynwatch · run": [
+            "Loss, and the limit above which it diverges",
+            "Share of the run's time spent in dynwatch",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Gradient norm, before and after clipping",
+        "Gradient norm by layer",
+        "Update-to-weight ratio by layer",
+        "Loss, and the limit above which it diverges",
+    ],
+)
+def test_a_chart_draws_its_curves(seen: Seen, page: Page, title: str) -> None:
+    """Both of the good run's curves are there, each with ten different points or more."""
+    page.goto(f"{seen.address}/#custom_scalars&_smoothingWeight=0")
+    show_all_categories(page)
+    card = page.locator(CARD, has_text=title)
+    card.scroll_into_view_if_needed()
+    lengths: list[int] = []
+    for _ in range(PATIENCE_MS // 200):  # the curves of a chart come in one after the other
+        lines = card.locator("path.line").evaluate_all("lines => lines.map(line => line.getAttribute('d') || '')")
+        lengths = [len(set(re.findall(r"[\d.-]+,[\d.-]+", line))) for line in lines]
+        if sum(length >= 10 for length in lengths) >= 2:
+            return
+        page.wait_for_timeout(200)
+    pytest.fail(f"{title!r} has lines of {lengths} points")
+
+
+def test_printed_link_opens_tensorboard_with_our_cards_pinned(seen: Seen, page: Page) -> None:
+    """The link from the terminal, with the port of this TensorBoard, shows our main cards in the pinned section."""
+    page.goto(seen.link.replace("http://localhost:6006", seen.address))
+    pinned = page.locator("metrics-pinned-view")
+    for tag in ("grad_norm/total", "grad_norm/clip_fraction", "stop/loss"):
+        pinned.locator("card-view", has_text=tag).wait_for()
+    assert pinned.locator("card-view").count() == 3
+
+
+def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page) -> None:
+    """The Text tab names the rule, the step and the poor run, and has nothing on the good one."""
+    page.goto(f"{seen.address}/#text")
+    loader = page.locator("tf-text-loader")
+    loader.get_by_text("non_finite at step 5").wait_for()
+    assert loader.count() == 1
+    loader.get_by_text("poor", exact=True).wait_for()
