@@ -19,9 +19,7 @@ def norm_after_clipping(trainer: Trainer, pl_module: LightningModule, total: Ten
     """
     if not pl_module.automatic_optimization:
         return total  # the user has clipped already, between backward and step
-    # The function belongs to Lightning's own module unless the user's class overrides it.
-    owner = type(pl_module).configure_gradient_clipping.__module__.split(".")[0]
-    if owner not in ("pytorch_lightning", "lightning"):
+    if _overrides_clipping(pl_module):
         return None
     bound = trainer.gradient_clip_val
     if not bound:
@@ -29,3 +27,14 @@ def norm_after_clipping(trainer: Trainer, pl_module: LightningModule, total: Ten
     if trainer.gradient_clip_algorithm == "value" or norm_type != 2:
         return None
     return total * torch.clamp(bound / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+
+
+def clipping_expected(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether gradients may be clipped in this run, as far as can be known before it."""
+    return bool(trainer.gradient_clip_val) or not pl_module.automatic_optimization or _overrides_clipping(pl_module)
+
+
+def _overrides_clipping(pl_module: LightningModule) -> bool:
+    # The function comes from Lightning's own module unless the user's class overrides it.
+    owner = type(pl_module).configure_gradient_clipping.__module__.split(".")[0]
+    return owner not in ("pytorch_lightning", "lightning")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dynwatch.callbacks.after_step import AfterStep, UpdateRatio
 from dynwatch.callbacks.base import Monitor, check_cadence, isolated
-from dynwatch.callbacks.clipping import norm_after_clipping
+from dynwatch.callbacks.clipping import clipping_expected, norm_after_clipping
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.noise_pairs import NoisePairs
 from dynwatch.callbacks.optimizer_step import (
@@ -131,7 +131,7 @@ class GradientNormMonitor(Monitor):
         self._updates = UpdateRatio()
         self._noise_pairs = NoisePairs(batch_size)
         self._noise = NoiseScale()
-        self._noise_scale_expected = True
+        self._noise_scale_expected = self._clipping_expected = True
         self._clips: deque[bool] = deque(maxlen=_CLIP_WINDOW)
         self._layers = LayerGroups((), ())
         self._layer_of: dict[str, int] = {}
@@ -145,8 +145,10 @@ class GradientNormMonitor(Monitor):
             charts.append(Chart(category, "Gradient norm by layer", (LAYER,)))
             if self.update_ratio_every_n_steps:
                 charts.append(Chart(category, "Update-to-weight ratio by layer", (UPDATE_RATIO,)))
-        charts.append(Chart(category, "Share of steps clipped", (CLIP_FRACTION,), pinned=True))
-        if self.noise_scale and self._noise_scale_expected:  # an empty chart would look like a fault
+        # An empty or flat chart would look like a fault.
+        if self._clipping_expected:
+            charts.append(Chart(category, "Share of steps clipped", (CLIP_FRACTION,), pinned=True))
+        if self.noise_scale and self._noise_scale_expected:
             charts.append(Chart(category, "Gradient noise scale (samples)", (NOISE_SCALE,)))
         charts.append(Chart(category, "Share of non-finite gradient entries", (NONFINITE,)))
         return charts
@@ -159,6 +161,7 @@ class GradientNormMonitor(Monitor):
         super().on_train_start(trainer, pl_module)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clipping_expected = clipping_expected(trainer, pl_module)
         self._noise_scale_expected = self._noise_pairs.reason_against(trainer, pl_module) is None
         reason = gradients_out_of_reach(trainer)
         if reason:

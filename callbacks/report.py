@@ -28,12 +28,14 @@ def tensorboard_lines(trainer: Trainer, stream: Stream) -> list[str]:
 
 
 def print_start(trainer: Trainer, stream: Stream) -> None:
-    """Two lines when training starts, so that one can watch from the first step."""
+    """A few lines when training starts, so that one can watch from the first step."""
     with terminal() as console:
         watched = ", ".join(type(member).__name__ for member in stream.members)
         console.print(Text(f"dynwatch watches this run: {watched}."))
         for line in tensorboard_lines(trainer, stream):
             console.print(Text(f"  {line}"), soft_wrap=True)
+        if tensorboard_loggers(trainer):
+            console.print(Text("All panels are in TensorBoard's Custom Scalars tab; the link shows the main cards."))
 
 
 def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> None:
@@ -45,6 +47,8 @@ def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> 
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("over the run", no_wrap=True)
         for tag, series in _key_series(stream):
+            if verdict and tag == f"stop/{verdict.rule}":
+                continue  # its only value, the step, stands in the verdict
             low, high = (
                 (_figure(series.smallest), _figure(series.largest)) if series.smallest <= series.largest else ("", "")
             )

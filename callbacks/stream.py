@@ -201,12 +201,16 @@ class Stream:
             readings = by_step[step]
             for member in self.members:
                 readings.update(member.guarded(trainer, member.read, step, readings, notes[step]) or {})
-            self._hand_on(trainer, step, self._shown(trainer, step, readings))
+            shown = self._shown(trainer, step, readings)
+            sparse = self._tags("sparse_tags")
+            for tag, value in readings.items():
+                if tag in shown or tag in sparse:
+                    self.series.setdefault(tag, Series()).add(value)
+            self._hand_on(trainer, step, shown)
 
     def _shown(self, trainer: Trainer, step: int, readings: dict[str, float]) -> dict[str, float]:
         """What of a step's readings is for people: no inner values, and some only as often as the Trainer logs."""
-        hidden = {tag for member in self.members for tag in member.hidden_tags}
-        sparse = {tag for member in self.members for tag in member.sparse_tags}
+        hidden, sparse = self._tags("hidden_tags"), self._tags("sparse_tags")
         verdict = any(tag.startswith("stop/") for tag in readings.keys() - hidden - sparse)
         logging_step = (step + 1) % logging_interval(trainer) == 0
         if not logging_step and not verdict:
@@ -216,9 +220,10 @@ class Stream:
             shown[OVERHEAD] = self.overhead()
         return shown
 
+    def _tags(self, kind: str) -> set[str]:
+        return {tag for member in self.members for tag in getattr(member, kind)}
+
     def _hand_on(self, trainer: Trainer, step: int, readings: dict[str, float]) -> None:
-        for tag, value in readings.items():
-            self.series.setdefault(tag, Series()).add(value)
         # The public property would compute the user's epoch metrics early; its dict takes no such action.
         trainer._logger_connector._callback_metrics.update({t: torch.tensor(v) for t, v in readings.items()})
         if not readings:

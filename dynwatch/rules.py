@@ -233,7 +233,7 @@ class Divergence(Rule):
             ),
             advice=(
                 "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
-                "(Trainer(gradient_clip_val=1.0)), and resume from a checkpoint of before the rise."
+                "(Trainer(gradient_clip_val=1.0)); resume from a checkpoint of before the rise, if there is one."
             ),
             evidence={self.LOSS: list(self._recent)},
         )

@@ -365,6 +365,14 @@ def test_a_divergence_does_not_move_its_own_band() -> None:
         assert rule.limit == 2.0
 
 
+def test_the_band_has_its_centre_at_the_start_or_the_usual_loss_whichever_is_higher() -> None:
+    """A loss that has settled above its start is measured against where it settled, one below against its start."""
+    for settled, limit in ((1.9, 3.8), (0.1, 2.0)):
+        rule = Divergence(window=10)
+        fired([1.0] * 5 + [settled] * 20, rule)
+        assert rule.limit == pytest.approx(limit)
+
+
 def test_the_band_begins_with_the_first_finite_loss() -> None:
     """Before it there is no limit and nothing to say; a step without a loss changes neither."""
     rule = Divergence(patience=1)

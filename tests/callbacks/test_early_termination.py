@@ -173,6 +173,36 @@ def test_a_later_look_names_the_right_step_and_layer(
     assert "thrown away" not in capsys.readouterr().out  # true of step 6, but no comfort
 
 
+class TwoOptimizers(Classifier):
+    """Steps the first layer and then the last, by hand; the first layer's gradient is NaN at batch 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.manual_backward(loss)
+        if batch_idx == 2:
+            self.net[0].bias.grad.fill_(math.nan)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+
+def test_a_later_look_names_the_layer_of_the_right_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is looked at, a bad gradient of the first of two optimizers is not blamed on the second."""
+    monkeypatch.setattr(StepGradients, "free_to_look", property(lambda _: False))
+    stop = EarlyTermination(check_every_n_steps=5)
+    trainer(tmp_path, [stop]).fit(TwoOptimizers(), data())
+    assert stop.verdict is not None and stop.verdict.step == 2
+    assert "gradient of net.0.bias first" in stop.verdict.reason
+
+
 def test_readings_are_looked_at_when_an_epoch_ends(tmp_path: Path) -> None:
     """With a cadence longer than the epoch the stop comes at its end."""
     stop = EarlyTermination(check_every_n_steps=1000)

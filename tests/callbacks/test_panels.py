@@ -116,24 +116,21 @@ def test_each_run_of_one_callback_has_its_own_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "missing"),
+    ("settings", "clip", "missing"),
     [
-        ({}, {"Gradient noise scale (samples)"}),
-        (
-            {"layers": []},
-            {"Gradient norm by layer", "Update-to-weight ratio by layer", "Gradient noise scale (samples)"},
-        ),
-        (
-            {"update_ratio_every_n_steps": 0},
-            {"Update-to-weight ratio by layer", "Gradient noise scale (samples)"},
-        ),
+        ({}, None, {"Share of steps clipped"}),
+        ({}, 1.0, set()),
+        ({"layers": []}, 1.0, {"Gradient norm by layer", "Update-to-weight ratio by layer"}),
+        ({"update_ratio_every_n_steps": 0}, 1.0, {"Update-to-weight ratio by layer"}),
     ],
 )
 def test_what_a_run_cannot_measure_gets_no_empty_chart(
-    tmp_path: Path, settings: dict[str, Any], missing: set[str]
+    tmp_path: Path, settings: dict[str, Any], clip: float | None, missing: set[str]
 ) -> None:
     """Charts of readings that are turned off, or out of reach as the noise scale of one batch is, are left out."""
-    runs.trainer(tmp_path, [watch(**settings)], max_epochs=1).fit(runs.Classifier(), runs.data())
+    missing = missing | {"Gradient noise scale (samples)"}
+    fit = runs.trainer(tmp_path, [watch(**settings)], max_epochs=1, gradient_clip_val=clip)
+    fit.fit(runs.Classifier(), runs.data())
     (written,) = layouts_in(tmp_path)
     shown = {chart.title for category in written.category for chart in category.chart}
     everything = {chart.title for chart in GradientNormMonitor().charts()}
