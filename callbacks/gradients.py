@@ -285,7 +285,9 @@ class GradientNormMonitor(Monitor):
         reason = self._noise_pairs.reason_against(trainer, pl_module)
         pair = self._noise_pairs.take(trainer)
         if pair is not None:
-            stream.emit(self, step, NoisePairs.TAGS, pair, mean_over_ranks=True)
+            stream.emit(self, step, NoisePairs.TAGS, pair, mean_over_ranks=True)  # NaN if the size is unknown
+            if self._noise_pairs.size_unknown:
+                stream.unavailable(NOISE_SCALE, "no tensor in the batch tells its size: pass batch_size=")
         elif reason and stream.unavailable(NOISE_SCALE, reason):
             stream.emit(self, step, [NOISE_SCALE], torch.tensor([math.nan]))
 

@@ -28,6 +28,7 @@ class NoisePairs:
 
     def __init__(self, batch_size: int | None) -> None:
         self._batch_size = batch_size
+        self.size_unknown = False
         self._handles: list[RemovableHandle] = []
         self._reset()
 
@@ -81,6 +82,7 @@ class NoisePairs:
 
     def end_batch(self, batch: Any) -> None:
         size = self._batch_size or samples_in(batch)
+        self.size_unknown = size is None
         self._inverse_sizes.append(1.0 / size if size else torch.nan)
 
     def take(self, trainer: Trainer) -> Tensor | None:

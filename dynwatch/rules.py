@@ -164,48 +164,62 @@ class NonFinite(Rule):
 
 
 class Divergence(Rule):
-    r"""The loss has left the band of its own history and stays outside.
+    r"""The loss has left the band of its own history, stays outside and is not on its way back.
 
     The band ends at
 
-    .. math:: c + \max(k \cdot 1.4826 \cdot \mathrm{MAD},\ |c|), \qquad c = \max(\text{start}, \text{median})
+    .. math:: c + \max(k \cdot 1.4826 \cdot \mathrm{MAD},\ |c|,\ \mathrm{min\_rise}),
+        \qquad c = \max(\text{start}, \text{median})
 
-    with start the median of the first five losses (the first alone while there are fewer), median and
-    MAD (median absolute deviation, as a robust σ) over the last `window` losses inside the band. So the
-    loss must be worse than at the start and than lately, at least double, and k robust sigmas away,
-    `patience` times in a row. Losses outside do not enter the history, so that a divergence cannot
-    move its own band; a spike that recovers resets the count. A non-finite loss counts as outside.
+    with start the median of the first five losses, median and MAD (median absolute deviation, as a robust
+    σ) over the last `window` losses inside the band. So the loss must be worse than at the start and than
+    lately, at least double, and k robust sigmas away, `patience` times in a row. Losses outside do not
+    enter the history, so that a divergence cannot move its own band; a spike that recovers resets the
+    count. A non-finite loss counts as outside. Three more cases:
+
+    * While fewer than five losses are known, the band is ten times as wide: one lucky batch is no start.
+    * It never reaches beyond 100 times the start, so that a slow rise cannot take the band along.
+    * It does not fire while the loss comes back: while the second half of the last `patience` losses lies
+      more than a tenth closer to the band's centre than the first half (in medians).
 
     Args:
         patience: Losses outside the band in a row before it fires.
         window: Losses in the history.
         k: Width of the band in robust standard deviations.
+        min_rise: The least rise above the centre that can matter, in the loss's unit. The default suits
+            losses of the order of 1, as cross entropies are; it keeps a loss that begins at nearly 0
+            (a penalty, a policy loss) from being called divergent for becoming 0.02.
 
     Raises:
-        ValueError: If `patience` or `window` is below 1 or `k` is not positive.
+        ValueError: If `patience` or `window` is below 1, `k` is not positive, or `min_rise` is negative.
 
     Example:
         >>> rule = Divergence(patience=2)
-        >>> [rule.update(step, {"stop/loss": loss}, {}) is not None for step, loss in enumerate([2.3, 2.2, 9.0, 40.0])]
-        [False, False, False, True]
+        >>> losses = [2.3, 2.2, 2.4, 2.3, 2.2, 9.0, 40.0]
+        >>> [rule.update(step, {"stop/loss": loss}, {}) is not None for step, loss in enumerate(losses)]
+        [False, False, False, False, False, False, True]
     """
 
     name = "divergence"
     LOSS, LIMIT = "stop/loss", "stop/loss_limit"
-    _START = 5
+    _START, _UNCERTAIN, _FARTHEST, _BACK = 5, 10.0, 100.0, 0.9
 
-    def __init__(self, patience: int = 20, window: int = 100, k: float = 6.0) -> None:
+    def __init__(self, patience: int = 20, window: int = 100, k: float = 6.0, min_rise: float = 1.0) -> None:
         for argument, value in (("patience", patience), ("window", window)):
             if value < 1:
                 raise ValueError(f"{argument}={value} must be at least 1.")
         if not k > 0:
             raise ValueError(f"k={k} must be positive.")
+        if not min_rise >= 0:
+            raise ValueError(f"min_rise={min_rise} must be 0 or more.")
         self.patience = patience
         self.k = k
+        self.min_rise = min_rise
         self.limit = math.nan  # the band's upper end at the last loss; NaN before the first
         self._first: list[float] = []
         self._inside: deque[float] = deque(maxlen=window)
         self._outside = 0
+        self._latest_outside: deque[float] = deque(maxlen=patience)
         self._recent: deque[tuple[int, float]] = deque(maxlen=EVIDENCE_LENGTH)
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
@@ -213,23 +227,24 @@ class Divergence(Rule):
         if loss is None:
             return None
         self._recent.append((step, loss))
-        self.limit = self._band_end()
+        centre, self.limit = self._band()
         if math.isfinite(loss) and not loss > self.limit:
             self._outside = 0
+            self._latest_outside.clear()
             self._inside.append(loss)
             if len(self._first) < self._START:
                 self._first.append(loss)
             return None
         self._outside += 1
-        if self._outside < self.patience or not self._inside:
+        self._latest_outside.append(loss if math.isfinite(loss) else math.inf)
+        if self._outside < self.patience or not self._inside or self._comes_back(centre):
             return None
-        start, usual = self._start(), median(self._inside)
         return Verdict(
             rule=self.name,
             step=step,
             reason=(
-                f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for "
-                f"{self._outside} steps; it began at {start:.4g} and its usual value was {usual:.4g}."
+                f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for {self._outside} "
+                f"steps; it began at {median(self._first):.4g} and its usual value was {median(self._inside):.4g}."
             ),
             advice=(
                 "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
@@ -238,16 +253,24 @@ class Divergence(Rule):
             evidence={self.LOSS: list(self._recent)},
         )
 
-    def _start(self) -> float:
-        return median(self._first)
-
-    def _band_end(self) -> float:
+    def _band(self) -> tuple[float, float]:
+        """Centre and upper end of the band."""
         if not self._inside:
-            return math.inf  # the first finite loss is inside by definition
-        usual = median(self._inside)
+            return math.nan, math.inf  # the first finite loss is inside by definition
+        start, usual = median(self._first), median(self._inside)
         sigma = 1.4826 * median(abs(loss - usual) for loss in self._inside)
-        centre = max(self._start(), usual)
-        return centre + max(self.k * sigma, abs(centre))
+        centre = max(start, usual)
+        rise = max(self.k * sigma, abs(centre), self.min_rise)
+        if len(self._first) < self._START:
+            rise *= self._UNCERTAIN
+        return centre, min(centre + rise, start + self._FARTHEST * max(abs(start), self.min_rise))
+
+    def _comes_back(self, centre: float) -> bool:
+        half = self.patience // 2
+        if half == 0:
+            return False
+        losses = list(self._latest_outside)
+        return median(losses[-half:]) - centre < self._BACK * (median(losses[:half]) - centre)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -255,6 +278,7 @@ class Divergence(Rule):
             "first": list(self._first),
             "inside": list(self._inside),
             "outside": self._outside,
+            "latest_outside": list(self._latest_outside),
             "recent": [list(r) for r in self._recent],
         }
 
@@ -263,4 +287,5 @@ class Divergence(Rule):
         self._first = list(state["first"])
         self._inside = deque(state["inside"], maxlen=self._inside.maxlen)
         self._outside = state["outside"]
+        self._latest_outside = deque(state["latest_outside"], maxlen=self.patience)
         self._recent = deque(((r[0], r[1]) for r in state["recent"]), maxlen=EVIDENCE_LENGTH)
