@@ -64,8 +64,14 @@ def combine_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     """
     if norms.numel() == 0:
         return norms.new_zeros(())
+    if math.isinf(norm_type):
+        return torch.linalg.vector_norm(norms, norm_type)
+    if norms.device.type == "cpu":
+        return norms.new_tensor(_combine(norms.tolist(), norm_type))
     # The largest norm is divided out: its p-th power may not fit.
-    return torch.linalg.vector_norm(norms, norm_type) if math.isinf(norm_type) else _scaled(norms, norm_type)
+    top = norms.max()
+    scale = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
+    return (norms / scale).pow(norm_type).sum().pow(1.0 / norm_type) * scale
 
 
 def group_norms(norms: Tensor, index: Tensor, n_groups: int, norm_type: float = 2.0) -> Tensor:
@@ -224,10 +230,12 @@ def _norms_or_failure(tensors: Sequence[Tensor], norm_type: float = 2.0) -> tupl
     return _sum_over_shards(tensors, norms, norm_type), failure
 
 
-def _scaled(norms: Tensor, norm_type: float) -> Tensor:
-    top = norms.max()
-    scale = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
-    return (norms / scale).pow(norm_type).sum().pow(1.0 / norm_type) * scale
+def _combine(norms: Sequence[float], norm_type: float) -> float:
+    """As `combine_norms`, on the host: a few tensor operations would cost more than all the numbers."""
+    top = max(norms)
+    if not 0 < top < math.inf or any(math.isnan(norm) for norm in norms):
+        return float(sum(norms))  # 0, infinite or NaN
+    return top * math.pow(math.fsum(math.pow(norm / top, norm_type) for norm in norms), 1.0 / norm_type)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -311,7 +319,7 @@ def _norm_by_pieces(flat: Tensor, norm_type: float, unit: float | None = None) -
         float(torch.linalg.vector_norm(piece if unit is None else piece.to(wide) / unit, norm_type))
         for piece in torch.split(flat, _NORM_PIECE)
     ]
-    return float(combine_norms(torch.tensor(norms, dtype=torch.float64), norm_type))
+    return _combine(norms, norm_type)
 
 
 def _sum_over_shards(tensors: Sequence[Tensor], norms: Tensor, norm_type: float) -> Tensor:
