@@ -65,7 +65,7 @@ def combine_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     if norms.numel() == 0:
         return norms.new_zeros(())
     if math.isinf(norm_type):
-        return torch.linalg.vector_norm(norms, norm_type)
+        return norms.max()  # NaN stays NaN
     if norms.device.type == "cpu":
         return norms.new_tensor(_combine(norms.tolist(), norm_type))
     # The largest norm is divided out: its p-th power may not fit.

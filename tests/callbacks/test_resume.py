@@ -108,6 +108,9 @@ def test_state_is_primitives_and_tensors(killed: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["healthy_1", "healthy_7"])
 def test_readings_before_the_kill_are_on_the_disk(killed: Path, name: str) -> None:
-    """Event files of a killed run are readable up to the last logging step at which something was read."""
+    """Event files of a killed run are readable up to what Lightning had its loggers save.
+
+    With a log every 2 steps that is the logging step before the last one; what came after it may be there too.
+    """
     last = max(readings(killed / name / "killed")["stop/loss"])
-    assert last == (KILLED_AT - 1 if name == "healthy_1" else 7)
+    assert last in ({KILLED_AT - 3, KILLED_AT - 1} if name == "healthy_1" else {7})
