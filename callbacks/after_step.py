@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynwatch.callbacks.optimizer_step import StepGradients
+from dynwatch.constants import on_device
 from dynwatch.gradients import group_norms, tensor_norms, update_and_weight_norms
 
 
@@ -79,7 +80,7 @@ class UpdateRatio:
             return {}
         index = layer_index([name for names, _, _ in norms for name in names])
         update, weight = (torch.cat(column) for column in list(zip(*norms, strict=True))[1:])
-        where = torch.tensor(index, device=update.device)
+        where = on_device(tuple(index), update.device)
         size = group_norms(weight, where, n_layers)
         ratio = group_norms(update, where, n_layers) / size.masked_fill(size == 0, torch.nan)
         return {layer: ratio[layer] for layer in sorted(set(index) - {-1})}

@@ -100,7 +100,6 @@ class EarlyTermination(Monitor):
         self._bad_names: dict[int, list[str]] = {}  # by step: names that first_bad points into
         self._note = ""  # what is known in words about this step's gradients
         self._losses: list[Tensor] = []
-        self._batches = 0
         self._discarded_at: int | None = None
         self._log_dir: str | None = None
         self._gradients_hidden: str | None = None
@@ -164,7 +163,6 @@ class EarlyTermination(Monitor):
         self._discarded_at = Stream.step(trainer)
 
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        self._batches += 1
         loss = _loss_in(outputs)
         if loss is not None:
             # Lightning has divided it for accumulation in automatic optimization only.
@@ -196,7 +194,6 @@ class EarlyTermination(Monitor):
         self._gradient_norms.clear()
         self._unlooked.clear()
         self._note = ""
-        self._batches = 0
 
     def _may_stop(self, trainer: Trainer) -> bool:
         return trainer.fit_loop._can_stop_early and Stream.step(trainer) + 1 >= self.min_steps

@@ -26,6 +26,7 @@ from dynwatch.callbacks.optimizer_step import (
 )
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.stream import Stream
+from dynwatch.constants import on_device
 from dynwatch.gradients import combine_norms, group_norms, tensor_norms
 from dynwatch.layers import LayerGroups, group_by_layer
 from dynwatch.noise_scale import NoiseScale
@@ -229,7 +230,7 @@ class GradientNormMonitor(Monitor):
         if not (seen.free_to_look or Stream.of(trainer).flush_due(trainer)):
             return _Measured(seen, norms, total, total, seen.suspect_entries)
         bad = seen.nonfinite
-        entries = _on(norms, bad.entries if bad else 0)[0]
+        entries = norms.new_tensor(bad.entries if bad else 0)
         return _Measured(seen, norms, total, total, entries, str(bad) if bad else "")
 
     def _look_again(self, measured: _Measured) -> None:
@@ -262,7 +263,7 @@ class GradientNormMonitor(Monitor):
         norms = torch.cat([m.norms for m in measured])
         index = self._layer_index([name for m in measured for name in m.seen.names])
         layers = sorted(set(index) - {-1})
-        by_layer = group_norms(norms, _on(norms, *index), len(self._layers.names), self.norm_type)
+        by_layer = group_norms(norms, on_device(tuple(index), norms.device), len(self._layers.names), self.norm_type)
         entries = sum(m.seen.entries for m in measured)
         totals = torch.stack([m.total for m in measured])
         clipped = torch.stack([m.clipped for m in measured])
@@ -271,7 +272,7 @@ class GradientNormMonitor(Monitor):
             combine_norms(totals, self.norm_type).reshape(1),
             combine_norms(clipped, self.norm_type).reshape(1),
             (torch.stack([m.bad_entries.to(norms) for m in measured]).sum() / entries).reshape(1),
-            by_layer[_on(norms, *layers)],
+            by_layer[on_device(tuple(layers), norms.device)],
         ]
         if len(trainer.optimizers) > 1:
             tags += [f"grad_norm/optimizer_{i}" for i, o in enumerate(trainer.optimizers) if id(o) in self._measured]
@@ -328,14 +329,3 @@ def _check_norm_type(norm_type: float) -> float:
     if not value > 0:
         raise ValueError(f"norm_type={norm_type!r} must be a number above 0, or inf for the largest entry; 2 is usual.")
     return value
-
-
-def _on(like: Tensor, *values: int) -> Tensor:
-    """Whole numbers on the device of a tensor."""
-    return _constant(values, like.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    # Kept, because each copy to a device costs a transfer, and the same few are needed on every step.
-    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -95,7 +95,8 @@ class NoisePairs:
         sharded = trainer.world_size > 1 and not isinstance(trainer.strategy.model, DistributedDataParallel)
         inverse_small = sizes[0] / (trainer.world_size if sharded else 1)
         inverse_big = sum(sizes) / len(sizes) ** 2 / trainer.world_size
-        return torch.cat([torch.stack([small, big**2]), small.new_tensor([inverse_small, inverse_big])])
+        sizes_here = (torch.full_like(small, inverse) for inverse in (inverse_small, inverse_big))
+        return torch.stack([small, big**2, *sizes_here])
 
     def release(self) -> None:
         for handle in self._handles:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dynwatch import gradients
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
+from dynwatch.constants import on_device
 
 
 def parameter_names(module: Module) -> dict[int, str]:
@@ -90,7 +91,7 @@ class StepGradients:
         It is the number of entries of all parameters whose norm is not finite, a scalar on the device.
         """
         bad = ~self.norms.isfinite()
-        sizes = _sizes(tuple(p.numel() for p in self.parameters), self.norms.device, self.norms.dtype)
+        sizes = on_device(tuple(p.numel() for p in self.parameters), self.norms.device, self.norms.dtype)
         return (sizes * bad).sum()
 
     @classmethod
@@ -130,11 +131,6 @@ class StepGradients:
     def forget(cls, trainer: Trainer) -> None:
         """Drop what was measured, because gradients change or the batch has ended."""
         cls._latest.pop(trainer, None)
-
-
-@functools.lru_cache(maxsize=64)
-def _sizes(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(sizes, device=device, dtype=dtype)
 
 
 def loss_scale(trainer: Trainer) -> Tensor | float:

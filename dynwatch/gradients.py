@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
+
+from dynwatch.constants import on_device
 
 # A float32 sum over a long vector loses digits on a CPU (1e-4 at 6e5 entries was seen for
 # torch.linalg.vector_norm). Pieces of these lengths keep the error of a norm below 1e-6.
@@ -239,6 +242,8 @@ def _combine(norms: Sequence[float], norm_type: float) -> float:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, Parameter):
+        return False  # most are, and the question is asked for each of them on each step
     return _dtensor_type() is not None and isinstance(tensor, _dtensor_type() or ())
 
 
@@ -279,7 +284,7 @@ def _local_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             found = torch.stack([next(each) if t.numel() else norms.new_zeros(()) for t in batch])
         if len(alike) == 1:
             return found.to(wide)
-        norms[torch.tensor(where, device=home)] = found.to(device=home, dtype=wide)
+        norms[on_device(tuple(where), home)] = found.to(device=home, dtype=wide)
     return norms
 
 
@@ -333,7 +338,7 @@ def _sum_over_shards(tensors: Sequence[Tensor], norms: Tensor, norm_type: float)
             if split_over:
                 layouts.setdefault((t.device_mesh, split_over), []).append(i)  # type: ignore[attr-defined]
     for (mesh, mesh_dims), where in layouts.items():
-        rows = torch.tensor(where, device=norms.device)
+        rows = on_device(tuple(where), norms.device)
         shard = norms[rows]
         # The p-th powers add up; the largest norm over the ranks is divided out first, so that they fit.
         top = torch.nan_to_num(shard, nan=0.0, posinf=0.0)
