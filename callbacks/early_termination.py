@@ -266,8 +266,8 @@ class EarlyTermination(Monitor):
 
     def _add_circumstances(self, trainer: Trainer, verdict: Verdict) -> Verdict:
         """Add what the advice should be read with: the learning rate, and whether gradients are clipped."""
-        rates = ", ".join(f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g)
-        facts = [f"Learning rate when it was stopped: {rates}."] if rates else []
+        rates = [f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g]
+        facts = [f"Learning rate when it was stopped: {', '.join(dict.fromkeys(rates))}."] if rates else []
         if trainer.gradient_clip_val:
             facts.append(f"Gradients were clipped at {trainer.gradient_clip_val}.")
         return replace(verdict, reason=" ".join([verdict.reason, *facts]))
