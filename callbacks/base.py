@@ -42,6 +42,13 @@ def check_cadence(argument: str, value: int) -> int:
     return value
 
 
+def check_count(argument: str, value: int, least: int = 1) -> int:
+    """Return a count, or raise a ValueError that says its bound."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}={value!r} must be a whole number, {least} or more.")
+    return value
+
+
 class Monitor(Callback):
     """A callback that measures at a cadence, emits readings and cannot break the run.
 
@@ -141,17 +148,47 @@ class Monitor(Callback):
         except Exception as error:
             log.debug("%s could not be released: %s", type(self).__name__, error)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Primitives only. A subclass adds what its later readings depend on to what stands here.
+    def state(self) -> dict[str, Any]:
+        """What later readings depend on, as primitives and tensors; no collectives."""
+        return {}
 
-        No collectives: rank 0's state is what Lightning saves, and every rank goes on from it.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state`, and the readings that wait for a flush.
+
+        Rank 0's is what Lightning saves, and every rank goes on from it. It never raises: a checkpoint
+        without this monitor's history is better than none.
         """
-        if self._stream is None:
-            return {"unflushed": [], "told": []}
-        return {"unflushed": self._stream.unflushed(self), "told": sorted(self._stream.told)}
+        try:
+            queue = self._stream.unflushed(self) if self._stream else []
+            told = sorted(self._stream.told) if self._stream else []
+            return {"unflushed": queue, "told": told, "own": self.state()}
+        except Exception as error:
+            self._tell_lost("could not be saved", error)
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; one that does not fit (another version's) is told and left out."""
         self._restored = state_dict
+        if "own" not in state_dict:
+            return
+        try:
+            self.load_state(state_dict["own"])
+        except Exception as error:
+            self._tell_lost("does not fit", error)
+            if self._fresh is not None:
+                self.load_state(copy.deepcopy(self._fresh))
+
+    def _tell_lost(self, what: str, error: Exception) -> None:
+        log.warning(
+            "The state of %s in the checkpoint %s: %s: %s. After a resume its history starts afresh.",
+            type(self).__name__,
+            what,
+            type(error).__name__,
+            error,
+        )
 
     # --- Lightning's hooks
 
@@ -159,10 +196,10 @@ class Monitor(Callback):
         if stage == "fit":
             self.failure = self.off = None
             if self._fresh is None:
-                self._fresh = copy.deepcopy(self.state_dict())
+                self._fresh = copy.deepcopy(self.guarded(trainer, self.state) or {})
             elif trainer.global_step == 0:
                 # Another run with the same callback is not judged by the history of this one.
-                self.load_state_dict(copy.deepcopy(self._fresh))
+                self.guarded(trainer, self.load_state, copy.deepcopy(self._fresh))
             self._restored = {}  # Lightning loads state after this
             self._stream = Stream.of(trainer)
             self._stream.join(self)
@@ -205,8 +242,12 @@ class Monitor(Callback):
         self.guarded(trainer, self.release)
         stream = Stream.of(trainer)
         if stream.is_last(self):
-            with stream.stopwatch():
-                stream.flush(trainer, agree=False)
+            try:
+                with stream.stopwatch():
+                    stream.flush(trainer, agree=False)
+            except Exception as error:  # after a device error every transfer fails; the user's error matters
+                log.warning("dynwatch's last readings are lost: %s: %s.", type(error).__name__, error)
+            StepGradients.forget(trainer)
             stream.close(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -218,6 +259,10 @@ class Monitor(Callback):
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stream = Stream.of(trainer)
         with stream.stopwatch():
-            stream.flush(trainer)
-            for member in stream.members:
-                member.guarded(trainer, member.after_flush, trainer, pl_module)
+            try:
+                stream.flush(trainer)
+            except Exception as error:  # nobody's own fault, as after a device error: nobody goes on
+                for member in stream.members:
+                    member._failed(trainer, error)
+        for member in stream.members:
+            member.guarded(trainer, member.after_flush, trainer, pl_module)

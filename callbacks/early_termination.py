@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynwatch.callbacks.base import Monitor, check_cadence
+from dynwatch.callbacks.base import Monitor, check_cadence, check_count
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import StepGradients, gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
@@ -77,13 +77,15 @@ class EarlyTermination(Monitor):
     ) -> None:
         super().__init__()
         self.rules: list[Rule] = [NonFinite(), Divergence()] if rules is None else list(rules)
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"rules has {rule!r}, which must be an instance of Rule, such as NonFinite().")
         names = [rule.name for rule in self.rules]
         if len(set(names)) < len(names):
             raise ValueError(f"rules has two rules of one name: {', '.join(names)}. Keep one of each.")
         if check_every_n_steps is not None:
             check_cadence("check_every_n_steps", check_every_n_steps)
-        if min_steps < 0:
-            raise ValueError(f"min_steps={min_steps} must be 0 or more.")
+        check_count("min_steps", min_steps, least=0)
         self.check_every_n_steps = check_every_n_steps
         self.min_steps = min_steps
         self.final_validation = final_validation
@@ -317,23 +319,21 @@ class EarlyTermination(Monitor):
 
     # --- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         # A verdict that has ended its run is not kept: who resumes from its checkpoint wants to go on.
         waiting = None if self._stop.active else self.verdict
         return {
-            **super().state_dict(),
             "rules": {rule.name: rule.state_dict() for rule in self.rules},
             "verdict": asdict(waiting) if waiting else None,
             "bad_names": dict(self._bad_names),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.verdict = Verdict(**state_dict["verdict"]) if state_dict.get("verdict") else None
-        self._bad_names = dict(state_dict.get("bad_names", {}))
+    def load_state(self, state: dict[str, Any]) -> None:
         for rule in self.rules:
-            if rule.name in state_dict["rules"]:
-                rule.load_state_dict(state_dict["rules"][rule.name])
+            if rule.name in state["rules"]:
+                rule.load_state_dict(state["rules"][rule.name])
+        self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
+        self._bad_names = dict(state["bad_names"])
 
 
 def _loss_in(outputs: Any) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynwatch.callbacks.after_step import AfterStep, UpdateRatio
-from dynwatch.callbacks.base import Monitor, check_cadence, isolated
+from dynwatch.callbacks.base import Monitor, check_cadence, check_count, isolated
 from dynwatch.callbacks.clipping import clipping_expected, norm_after_clipping
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.noise_pairs import NoisePairs
@@ -82,7 +82,7 @@ class GradientNormMonitor(Monitor):
 
     Args:
         every_n_steps: Cadence of the norms, in optimizer steps.
-        norm_type: p of the norms, above 0; `inf` for the largest entry. Update ratios and the noise
+        norm_type: p of the norms, above 0; `inf` (in YAML `.inf`) for the largest entry. Update ratios and the noise
             scale always use 2.
         layers: Regular expressions; only layers of parameters in whose name one is found are drawn.
             None draws all, an empty list none.
@@ -121,11 +121,13 @@ class GradientNormMonitor(Monitor):
         self.layers = layers
         self.depth = depth
         self.max_layers = max_layers
-        group_by_layer([], depth=depth, max_groups=max_layers)  # raises for bad bounds now, not at the first step
+        if depth is not None:
+            check_count("depth", depth)
+        check_count("max_layers", max_layers)
         if update_ratio_every_n_steps != 0:
             check_cadence("update_ratio_every_n_steps", update_ratio_every_n_steps)
         if batch_size is not None:
-            check_cadence("batch_size", batch_size)
+            check_count("batch_size", batch_size)
         self.update_ratio_every_n_steps = update_ratio_every_n_steps
         self.noise_scale = noise_scale
         self._after_step = AfterStep()
@@ -136,6 +138,7 @@ class GradientNormMonitor(Monitor):
         self._clips: deque[bool] = deque(maxlen=_CLIP_WINDOW)
         self._layers = LayerGroups((), ())
         self._layer_of: dict[str, int] = {}
+        self._considered: set[str] = set()  # names that have been put into layers, or left out of all
         self._measured: dict[int, _Measured] = {}  # by optimizer
         self._after_backward: dict[int, Tensor] = {}  # by parameter, in manual optimization only
 
@@ -169,12 +172,15 @@ class GradientNormMonitor(Monitor):
             self.switch_off(reason)
 
     def _find_layers(self, pl_module: LightningModule) -> None:
-        known = parameter_names(pl_module)
-        names = [known[id(p)] for p in pl_module.parameters() if p.requires_grad]
-        if names and self.layers != []:
-            patterns = tuple(self.layers or ())
-            self._layers = group_by_layer(names, depth=self.depth, max_groups=self.max_layers, patterns=patterns)
-            self._layer_of = dict(zip(names, self._layers.index, strict=True))
+        """Group what is trained, now or before: a layer that is unfrozen later joins when it has a gradient."""
+        if self.layers == []:
+            return
+        names = list(parameter_names(pl_module).values())
+        matched = group_by_layer(names, patterns=tuple(self.layers or ())).index if names else ()
+        self._considered |= {name for name, p in zip(names, pl_module.parameters(), strict=True) if p.requires_grad}
+        drawn = [name for name, at in zip(names, matched, strict=True) if at >= 0 and name in self._considered]
+        self._layers = group_by_layer(drawn, depth=self.depth, max_groups=self.max_layers)
+        self._layer_of = dict(zip(drawn, self._layers.index, strict=True))
 
     def _layer_index(self, names: Sequence[str]) -> list[int]:
         return [self._layer_of.get(name, -1) for name in names]
@@ -205,6 +211,9 @@ class GradientNormMonitor(Monitor):
         seen = StepGradients.of(trainer, pl_module, optimizer, self.norm_type)
         if seen is None:
             return
+        if not self._considered.issuperset(seen.names):
+            self._considered.update(seen.names)
+            self._find_layers(pl_module)
         if ratio_due and self._updates.before_step(optimizer, seen):
             self._after_step.add(
                 optimizer, functools.partial(self.guarded, trainer, self._updates.after_step, optimizer)
@@ -305,13 +314,12 @@ class GradientNormMonitor(Monitor):
 
     # --- state
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "clips": list(self._clips), "noise": self._noise.state_dict()}
+    def state(self) -> dict[str, Any]:
+        return {"clips": list(self._clips), "noise": self._noise.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._clips = deque(state_dict["clips"], maxlen=_CLIP_WINDOW)
-        self._noise.load_state_dict(state_dict["noise"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._clips = deque(state["clips"], maxlen=_CLIP_WINDOW)
+        self._noise.load_state_dict(state["noise"])
 
     def release(self) -> None:
         self._after_step.release()

@@ -31,7 +31,7 @@ class DynWatch(Callback):
         report: Print to the terminal.
 
     Raises:
-        ValueError: If everything is left out.
+        ValueError: If everything is left out, or an argument is of another kind.
 
     Example:
         >>> watch = DynWatch(stop=EarlyTermination(min_steps=100))
@@ -44,6 +44,9 @@ class DynWatch(Callback):
         report: bool = True,
     ) -> None:
         super().__init__()
+        for argument, value, kind in (("gradients", gradients, GradientNormMonitor), ("stop", stop, EarlyTermination)):
+            if not isinstance(value, (bool, kind)):
+                raise ValueError(f"{argument}={value!r} must be True, False or a {kind.__name__}(…).")
         self.monitors: list[Monitor] = []
         if gradients:
             self.monitors.append(GradientNormMonitor() if gradients is True else gradients)

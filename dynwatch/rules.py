@@ -113,8 +113,7 @@ class NonFinite(Rule):
     LOSS, GRADIENT, WEIGHTS, SCALER = "stop/loss", "stop/grad_norm", "stop/weight_norm", "stop/scaler"
 
     def __init__(self, scaler_patience: int = 25) -> None:
-        if scaler_patience < 1:
-            raise ValueError(f"scaler_patience={scaler_patience} must be at least 1.")
+        _check_count("scaler_patience", scaler_patience)
         self.scaler_patience = scaler_patience
         self._overflows = 0
         self._recent: deque[tuple[int, float | None, float | None]] = deque(maxlen=EVIDENCE_LENGTH)
@@ -168,17 +167,19 @@ class Divergence(Rule):
 
     The band ends at
 
-    .. math:: c + \max(k \cdot 1.4826 \cdot \mathrm{MAD},\ |c|,\ \mathrm{min\_rise}),
+    .. math:: c + \max(k \cdot 1.4826 \cdot \mathrm{MAD},\ 3|c|,\ \mathrm{min\_rise}),
         \qquad c = \max(\text{start}, \text{median})
 
-    with start the median of the first five losses, median and MAD (median absolute deviation, as a robust
-    σ) over the last `window` losses inside the band. So the loss must be worse than at the start and than
-    lately, at least double, and k robust sigmas away, `patience` times in a row. Losses outside do not
+    with start the median of the first `warm_up` losses, median and MAD (median absolute deviation, as a robust σ)
+    over the last `window` losses inside the band. So the loss must be worse than at the start and than
+    lately, four times as large, and k robust sigmas away, `patience` times in a row. Losses outside do not
     enter the history, so that a divergence cannot move its own band; a spike that recovers resets the
     count. A non-finite loss counts as outside. Three more cases:
 
-    * While fewer than five losses are known, the band is ten times as wide: one lucky batch is no start.
-    * It never reaches beyond 100 times the start, so that a slow rise cannot take the band along.
+    * The first `warm_up` finite losses are taken as they come: a few lucky batches are no start.
+    * The band never reaches further above the median of the first five losses than ten times its size
+      (or ten times `min_rise`), so that neither a slow rise nor a blow-up among the first losses can take
+      it along.
     * It does not fire while the loss comes back: while the second half of the last `patience` losses lies
       more than a tenth closer to the band's centre than the first half (in medians).
 
@@ -187,35 +188,39 @@ class Divergence(Rule):
         window: Losses in the history.
         k: Width of the band in robust standard deviations.
         min_rise: The least rise above the centre that can matter, in the loss's unit. The default suits
-            losses of the order of 1, as cross entropies are; it keeps a loss that begins at nearly 0
-            (a penalty, a policy loss) from being called divergent for becoming 0.02.
+            losses of the order of 1; it keeps a loss that begins at nearly 0 (a penalty, a value loss
+            before the first reward) from being called divergent for becoming 3.
+        warm_up: Finite losses that make the start; none of them is judged.
 
     Raises:
-        ValueError: If `patience` or `window` is below 1, `k` is not positive, or `min_rise` is negative.
+        ValueError: If `patience`, `window` or `warm_up` is no whole number of at least 1, `k` is not
+            positive, or `min_rise` is negative.
 
     Example:
         >>> rule = Divergence(patience=2)
-        >>> losses = [2.3, 2.2, 2.4, 2.3, 2.2, 9.0, 40.0]
-        >>> [rule.update(step, {"stop/loss": loss}, {}) is not None for step, loss in enumerate(losses)]
-        [False, False, False, False, False, False, True]
+        >>> losses = [2.3] * 20 + [2.2, 90.0, 400.0]
+        >>> [step for step, loss in enumerate(losses) if rule.update(step, {"stop/loss": loss}, {})]
+        [22]
     """
 
     name = "divergence"
     LOSS, LIMIT = "stop/loss", "stop/loss_limit"
-    _START, _UNCERTAIN, _FARTHEST, _BACK = 5, 10.0, 100.0, 0.9
+    _BEGIN, _TIMES, _FARTHEST, _BACK = 5, 3.0, 10.0, 0.9
 
-    def __init__(self, patience: int = 20, window: int = 100, k: float = 6.0, min_rise: float = 1.0) -> None:
-        for argument, value in (("patience", patience), ("window", window)):
-            if value < 1:
-                raise ValueError(f"{argument}={value} must be at least 1.")
-        if not k > 0:
-            raise ValueError(f"k={k} must be positive.")
-        if not min_rise >= 0:
-            raise ValueError(f"min_rise={min_rise} must be 0 or more.")
+    def __init__(
+        self, patience: int = 20, window: int = 100, k: float = 6.0, min_rise: float = 10.0, warm_up: int = 20
+    ) -> None:
+        for argument, value in (("patience", patience), ("window", window), ("warm_up", warm_up)):
+            _check_count(argument, value)
+        if not _is_number(k) or not k > 0:
+            raise ValueError(f"k={k!r} must be a number above 0; 6 is the default, less is stricter.")
+        if not _is_number(min_rise) or not min_rise >= 0:
+            raise ValueError(f"min_rise={min_rise!r} must be a number, 0 or more; 0 turns it off.")
         self.patience = patience
         self.k = k
         self.min_rise = min_rise
-        self.limit = math.nan  # the band's upper end at the last loss; NaN before the first
+        self.warm_up = warm_up
+        self.limit = math.nan  # the band's upper end at the last loss; NaN while there is none
         self._first: list[float] = []
         self._inside: deque[float] = deque(maxlen=window)
         self._outside = 0
@@ -227,24 +232,28 @@ class Divergence(Rule):
         if loss is None:
             return None
         self._recent.append((step, loss))
+        if len(self._first) < self.warm_up:
+            if math.isfinite(loss):
+                self._first.append(loss)
+                self._inside.append(loss)
+            return None
         centre, self.limit = self._band()
         if math.isfinite(loss) and not loss > self.limit:
             self._outside = 0
             self._latest_outside.clear()
             self._inside.append(loss)
-            if len(self._first) < self._START:
-                self._first.append(loss)
             return None
         self._outside += 1
         self._latest_outside.append(loss if math.isfinite(loss) else math.inf)
-        if self._outside < self.patience or not self._inside or self._comes_back(centre):
+        if self._outside < self.patience or self._comes_back(centre):
             return None
+        began, usual = median(self._first[: self._BEGIN]), median(self._inside)
         return Verdict(
             rule=self.name,
             step=step,
             reason=(
-                f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for {self._outside} "
-                f"steps; it began at {median(self._first):.4g} and its usual value was {median(self._inside):.4g}."
+                f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for {self._outside} steps; "
+                f"it began at {began:.4g} and its usual value was {usual:.4g}."
             ),
             advice=(
                 "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
@@ -255,15 +264,11 @@ class Divergence(Rule):
 
     def _band(self) -> tuple[float, float]:
         """Centre and upper end of the band."""
-        if not self._inside:
-            return math.nan, math.inf  # the first finite loss is inside by definition
-        start, usual = median(self._first), median(self._inside)
+        begin, usual = median(self._first[: self._BEGIN]), median(self._inside)
         sigma = 1.4826 * median(abs(loss - usual) for loss in self._inside)
-        centre = max(start, usual)
-        rise = max(self.k * sigma, abs(centre), self.min_rise)
-        if len(self._first) < self._START:
-            rise *= self._UNCERTAIN
-        return centre, min(centre + rise, start + self._FARTHEST * max(abs(start), self.min_rise))
+        centre = max(median(self._first), usual)
+        rise = max(self.k * sigma, self._TIMES * abs(centre), self.min_rise)
+        return centre, min(centre + rise, begin + self._FARTHEST * max(abs(begin), self.min_rise))
 
     def _comes_back(self, centre: float) -> bool:
         half = self.patience // 2
@@ -289,3 +294,12 @@ class Divergence(Rule):
         self._outside = state["outside"]
         self._latest_outside = deque(state["latest_outside"], maxlen=self.patience)
         self._recent = deque(((r[0], r[1]) for r in state["recent"]), maxlen=EVIDENCE_LENGTH)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_count(argument: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument}={value!r} must be a whole number, at least 1.")

@@ -95,8 +95,8 @@ def main() -> None:
     healthy = train("healthy", 0.05, logdir)
     print(f"\nValidation accuracy {healthy.callback_metrics['val_accuracy']:.3f} after {healthy.global_step} steps.")
 
-    print("\n== 2. A poor run: the same, learning rate 2 ==\n")
-    poor = train("poor", 2.0, logdir)
+    print("\n== 2. A poor run: the same, learning rate 3 ==\n")
+    poor = train("poor", 3.0, logdir)
     planned = EPOCHS * 30
     print(f"\nEnded after {poor.global_step} of {planned} steps.")
     print(f"\nLogs of both runs: {logdir.resolve()}")

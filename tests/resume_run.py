@@ -110,7 +110,7 @@ def train(scenario: Scenario, folder: Path, version: str, killed: bool, checkpoi
     """Run a scenario with its event files in folder/version and checkpoints in folder/version/checkpoints."""
     watch = DynWatch(
         gradients=GradientNormMonitor(every_n_steps=2, update_ratio_every_n_steps=4),
-        stop=EarlyTermination([NonFinite(), Divergence(patience=5)], scenario.check_every_n_steps),
+        stop=EarlyTermination([NonFinite(), Divergence(patience=5, warm_up=5)], scenario.check_every_n_steps),
         report=False,
     )
     when = {"every_n_train_steps": 10} if scenario.mid_epoch else {"every_n_epochs": 1}

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynwatch.callbacks import DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import stream as stream_module
 from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.stream import _streams
+from dynwatch.rules import Rule
 
 TOTAL = "grad_norm/total"
 
@@ -85,15 +87,103 @@ def test_an_unknown_norm(value: Any) -> None:
     ("arguments", "message"),
     [
         ({"layers": "net"}, "layers='net' must be a list of regular expressions: layers=['net']"),
-        ({"depth": 0}, "depth=0 must be at least 1, or None to have it chosen"),
-        ({"max_layers": 0}, "max_groups=0 must be at least 1|max_layers=0 must be at least 1"),
+        ({"depth": 0}, "depth=0 must be a whole number, 1 or more"),
+        ({"depth": 1.5}, "depth=1.5 must be a whole number, 1 or more"),
+        ({"max_layers": 0}, "max_layers=0 must be a whole number, 1 or more"),
     ],
 )
 def test_layer_arguments_out_of_bounds(arguments: dict[str, Any], message: str) -> None:
     """They are refused at construction, not at the first step."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         GradientNormMonitor(**arguments)
-    assert any(part in str(error.value) for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradients": "yes"}, "gradients='yes' must be True, False or a GradientNormMonitor(…)"),
+        ({"stop": 5}, "stop=5 must be True, False or a EarlyTermination(…)"),
+        ({"gradients": EarlyTermination()}, "must be True, False or a GradientNormMonitor(…)"),
+    ],
+)
+def test_dynwatch_takes_its_own_kinds_only(arguments: dict[str, Any], message: str) -> None:
+    """A part of another kind is refused where it is given, not at the first step."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DynWatch(**arguments)
+
+
+class Forgetful(Rule):
+    """A rule of the user's whose state cannot be saved."""
+
+    name = "forgetful"
+
+    def update(self, step: int, readings: Any, notes: Any) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        raise KeyError("no memory")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("no memory")
+
+
+def test_a_state_that_cannot_be_saved_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rule whose state_dict raises is told in the log; the checkpoint is written and can be resumed from."""
+    watched = DynWatch(stop=EarlyTermination(rules=[Forgetful()]), report=False)
+    fit = trainer(tmp_path, [watched], max_epochs=1, enable_checkpointing=True)
+    fit.fit(Classifier(), data())
+    assert "The state of EarlyTermination in the checkpoint could not be saved: KeyError" in caplog.text
+    path = fit.checkpoint_callback.best_model_path
+    again = trainer(tmp_path, [DynWatch(report=False)], max_epochs=2)
+    again.fit(Classifier(), data(), ckpt_path=path)
+    assert again.global_step == 16
+
+
+def test_a_state_of_another_version_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint whose state lacks what this version needs is resumed from, with a history that starts afresh."""
+    fit = trainer(tmp_path, [DynWatch(report=False)], max_epochs=1, enable_checkpointing=True)
+    fit.fit(Classifier(), data())
+    path = fit.checkpoint_callback.best_model_path
+    saved = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in saved["callbacks"].items() if "DynWatch" in key)
+    del state["EarlyTermination"]["own"]["rules"]["divergence"]["inside"]
+    torch.save(saved, path)
+    again = trainer(tmp_path, [DynWatch(report=False)], max_epochs=2)
+    again.fit(Classifier(), data(), ckpt_path=path)
+    assert again.global_step == 16
+    assert "The state of EarlyTermination in the checkpoint does not fit: KeyError: 'inside'" in caplog.text
+
+
+def test_a_failure_of_our_own_does_not_hide_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If reading values back fails too, as after a device error, it is the user's exception that comes out."""
+
+    class Broken(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.global_step == 3:
+                monkeypatch.setattr(stream_module, "_to_host", broken)
+                raise RuntimeError("user error")
+            return super().training_step(batch, batch_idx)
+
+    def broken(tensors: Any) -> Any:
+        raise RuntimeError("device error")
+
+    watched = DynWatch(stop=EarlyTermination(check_every_n_steps=50), report=False)
+    with pytest.raises(RuntimeError, match="user error"):
+        trainer(tmp_path, [watched]).fit(Broken(), data())
+
+
+def test_a_flush_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings that cannot be moved to the host switch the monitors off, and the run goes on."""
+
+    def broken(tensors: Any) -> Any:
+        raise RuntimeError("device error")
+
+    monkeypatch.setattr(stream_module, "_to_host", broken)
+    watched = DynWatch(report=False)
+    fit = trainer(tmp_path, [watched])
+    fit.fit(Classifier(), data())
+    assert fit.global_step == 16
+    assert all("device error" in (monitor.off or "") for monitor in watched.monitors)
 
 
 @pytest.mark.parametrize(

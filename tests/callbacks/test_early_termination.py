@@ -90,7 +90,7 @@ def fit(folder: Path, model: pl.LightningModule, *callbacks: Any, **settings: An
 
 
 def quick() -> EarlyTermination:
-    return EarlyTermination(rules=[NonFinite(), Divergence(patience=3)])
+    return EarlyTermination(rules=[NonFinite(), Divergence(patience=3, warm_up=5)])
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -396,7 +396,7 @@ def test_readings_are_shown_as_often_as_the_trainer_logs(tmp_path: Path) -> None
     fit(tmp_path, Poor(rise_at=7), quick(), log_every_n_steps=4)
     events = scalars(tmp_path / "run")
     assert [step for step, _ in events["stop/loss"]] == [3, 7, 9]
-    assert [step for step, _ in events["stop/loss_limit"]] == [3, 7, 9]
+    assert [step for step, _ in events["stop/loss_limit"]] == [7, 9]  # five losses make its start
 
 
 def test_every_tag_of_the_docstring_is_in_the_event_file(tmp_path: Path) -> None:
@@ -558,7 +558,9 @@ def test_a_resumed_run_that_fails_at_once_keeps_the_checkpoint_it_came_from(tmp_
     [
         ({"check_every_n_steps": 0}, "check_every_n_steps=0 must be a whole number of steps, 1 or more"),
         ({"check_every_n_steps": 2.5}, "check_every_n_steps=2.5 must be a whole number of steps, 1 or more"),
-        ({"min_steps": -1}, "min_steps=-1 must be 0 or more"),
+        ({"min_steps": -1}, "min_steps=-1 must be a whole number, 0 or more"),
+        ({"min_steps": "a"}, "min_steps='a' must be a whole number, 0 or more"),
+        ({"rules": ["nonfinite"]}, "rules has 'nonfinite', which must be an instance of Rule, such as NonFinite()"),
         ({"rules": [Budget(), Budget()]}, "rules has two rules of one name: budget, budget. Keep one of each"),
     ],
 )

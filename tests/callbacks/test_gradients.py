@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BackboneFinetuning
 from pytorch_lightning.plugins.precision import MixedPrecision
 from runs import Classifier, data, scalars, trainer
 from torch import Tensor, nn
@@ -178,6 +179,30 @@ def test_readings_stand_at_the_steps_of_the_users_own_logs(
     logged = sorted({step for step, _ in events["train_loss"]})
     assert logged
     assert [step for step, _ in events["grad_norm/total"]] == logged
+
+
+def test_a_layer_that_is_unfrozen_later_joins(tmp_path: Path) -> None:
+    """Lightning's own BackboneFinetuning: the backbone is drawn from its first gradient on, also by a pattern."""
+
+    class Tuned(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.net = self.net[:2], self.net[2:]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return torch.nn.functional.cross_entropy(self.net(self.backbone(x)), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    for number, layers in enumerate((None, ["backbone"])):
+        tuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+        folder = tmp_path / str(number)
+        trainer(folder, [tuning, every_step(layers=layers)]).fit(Tuned(), data())
+        events = scalars(folder / "run")
+        assert [step for step, _ in events["grad_norm/layer/backbone.0"]] == list(range(8, 16))
+        assert ("grad_norm/layer/net.2" in events) == (layers is None)
 
 
 def test_update_ratios_have_their_own_cadence(tmp_path: Path) -> None:

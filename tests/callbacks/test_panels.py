@@ -89,7 +89,7 @@ def test_link_pins_the_first_tag_of_the_first_ten_pinned_charts(count: int) -> N
 
 def test_a_run_has_one_layout_and_each_of_its_charts_has_data(tmp_path: Path) -> None:
     """Two members write one layout together; every pattern in it finds a tag, and every tag of ours has a chart."""
-    fit = runs.trainer(tmp_path, [watch()], max_epochs=3, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    fit = runs.trainer(tmp_path, [watch()], max_epochs=6, accumulate_grad_batches=2, gradient_clip_val=0.1)
     fit.fit(runs.Classifier(), runs.data())
     (written,) = layouts_in(tmp_path)
     assert [category.title for category in written.category] == ["dynwatch · gradients", "dynwatch · run"]

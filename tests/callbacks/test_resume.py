@@ -103,7 +103,7 @@ def test_state_is_primitives_and_tensors(killed: Path, name: str) -> None:
     (state,) = (state for key, state in saved["callbacks"].items() if "DynWatch" in key)
     unread = {entry["step"] for entry in state["EarlyTermination"]["unflushed"]}
     assert unread == (set() if name == "nan_1_delayed" else {8, 9})
-    assert (state["EarlyTermination"]["verdict"] is not None) == (name == "nan_1_delayed")
+    assert (state["EarlyTermination"]["own"]["verdict"] is not None) == (name == "nan_1_delayed")
 
 
 @pytest.mark.parametrize("name", ["healthy_1", "healthy_7"])

@@ -58,7 +58,8 @@ def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             torch.manual_seed(0)
             watch = DynWatch(GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1))
             logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
-            runs.trainer(folder, [watch], logger=logger).fit(runs.Classifier(bad_at=bad_at), runs.data())
+            trainer = runs.trainer(folder, [watch], logger=logger, gradient_clip_val=1.0, max_epochs=5)
+            trainer.fit(runs.Classifier(bad_at=bad_at), runs.data())
     link = re.findall(r"http://localhost:6006\S*", terminal.getvalue())[-1]
     with browser.tensorboard(folder, ["good", "poor"]) as address:
         yield Seen(address, folder, link)
