@@ -8,7 +8,6 @@ that each chart has: on a linear one the diverging run would hide the healthy on
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,13 +35,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder, "digits")
         command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--logdir", str(logs)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        link = re.findall(r"http://localhost:6006(/\S+)", said)[-1]
+        subprocess.run(command, check=True, capture_output=True)
         with tensorboard(logs, ["healthy", "poor"]) as address, browser() as chromium:
             page = chromium.new_page(viewport={"width": 1500, "height": 1130})
             panels(page, f"{address}/#custom_scalars&_smoothingWeight=0")
-            page = chromium.new_page(viewport={"width": 1400, "height": 600})
-            pinned(page, address + link)
             page = chromium.new_page(viewport={"width": 1400, "height": 500})
             verdict(page, f"{address}/#text")
 
@@ -58,19 +54,6 @@ def panels(page: Page, address: str) -> None:
         card.get_by_title("Fit domain to data").click()
     page.locator(CARD).first.scroll_into_view_if_needed()
     save(page, "panels.png")
-
-
-def pinned(page: Page, address: str) -> None:
-    page.goto(address)
-    page.locator("metrics-pinned-view card-view").first.wait_for()
-    page.wait_for_timeout(3000)  # all cards draw, and the settings have slid in
-    page.get_by_text("Ignore outliers in chart scaling").click()
-    page.get_by_role("button", name="Close side pane").click()
-    for tag in ("grad_norm/total", "stop/loss"):
-        card = page.locator("metrics-pinned-view card-view", has_text=tag)
-        card.get_by_label("More line chart options").click()
-        page.get_by_role("menuitem", name="log scale").click()
-    save(page, "pinned.png")
 
 
 def verdict(page: Page, address: str) -> None:
