@@ -46,7 +46,7 @@ class DynWatch(Callback):
         super().__init__()
         for argument, value, kind in (("gradients", gradients, GradientNormMonitor), ("stop", stop, EarlyTermination)):
             if not isinstance(value, (bool, kind)):
-                raise ValueError(f"{argument}={value!r} must be True, False or a {kind.__name__}(…).")
+                raise ValueError(f"{argument}={value!r} must be True, False or an instance of {kind.__name__}.")
         self.monitors: list[Monitor] = []
         if gradients:
             self.monitors.append(GradientNormMonitor() if gradients is True else gradients)

@@ -101,9 +101,9 @@ def test_layer_arguments_out_of_bounds(arguments: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gradients": "yes"}, "gradients='yes' must be True, False or a GradientNormMonitor(…)"),
-        ({"stop": 5}, "stop=5 must be True, False or a EarlyTermination(…)"),
-        ({"gradients": EarlyTermination()}, "must be True, False or a GradientNormMonitor(…)"),
+        ({"gradients": "yes"}, "gradients='yes' must be True, False or an instance of GradientNormMonitor"),
+        ({"stop": 5}, "stop=5 must be True, False or an instance of EarlyTermination"),
+        ({"gradients": EarlyTermination()}, "must be True, False or an instance of GradientNormMonitor"),
     ],
 )
 def test_dynwatch_takes_its_own_kinds_only(arguments: dict[str, Any], message: str) -> None:
