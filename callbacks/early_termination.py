@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dynwatch.callbacks.base import Monitor, check_cadence, check_count
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
-from dynwatch.callbacks.optimizer_step import StepGradients, gradients_out_of_reach
+from dynwatch.callbacks.optimizer_step import StepGradients, gradient_scaler, gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.records import append_record, print_verdict, write_text
 from dynwatch.callbacks.stopping import StopHandle
@@ -157,7 +157,7 @@ class EarlyTermination(Monitor):
 
     def _discard(self, trainer: Trainer, seen: StepGradients) -> None:
         """Keep a non-finite gradient away from the weights, when its verdict is going to end the run."""
-        fatal = any(isinstance(rule, NonFinite) for rule in self.rules) and not _has_scaler(trainer)
+        fatal = any(isinstance(rule, NonFinite) for rule in self.rules) and gradient_scaler(trainer) is None
         if not (fatal and self._may_stop(trainer) and Stream.of(trainer).flush_due(trainer)):
             return
         for parameter in seen.parameters:
@@ -190,7 +190,7 @@ class EarlyTermination(Monitor):
                 self._bad_names[step] = [name for seen in self._unlooked for name in seen.names]
             notes = {NonFinite.GRADIENT: self._note} if self._note else {}
             stream.emit(self, step, tags, torch.stack(norms), notes=notes)
-        if _has_scaler(trainer):
+        if gradient_scaler(trainer) is not None:
             stream.emit(self, step, [NonFinite.SCALER], torch.ones(1))
         self._losses.clear()
         self._gradient_norms.clear()
@@ -339,7 +339,3 @@ class EarlyTermination(Monitor):
 def _loss_in(outputs: Any) -> Tensor | None:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
-
-
-def _has_scaler(trainer: Trainer) -> bool:
-    return getattr(trainer.precision_plugin, "scaler", None) is not None

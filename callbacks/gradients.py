@@ -256,8 +256,8 @@ class GradientNormMonitor(Monitor):
             stream.emit(self, step, tags, torch.stack(list(ratios.values())))
         measured = list(self._measured.values())
         if measured:
-            notes = {NONFINITE: "; ".join(m.bad for m in measured if m.bad)} if any(m.bad for m in measured) else {}
-            stream.emit(self, step, *self._norms(trainer, measured), notes=notes)
+            bad = "; ".join(m.bad for m in measured if m.bad)
+            stream.emit(self, step, *self._norms(trainer, measured), notes={NONFINITE: bad} if bad else None)
             if self.noise_scale:
                 self._emit_noise_scale(trainer, pl_module)
             self._measured.clear()

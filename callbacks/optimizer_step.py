@@ -133,11 +133,15 @@ class StepGradients:
         cls._latest.pop(trainer, None)
 
 
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """The scaler that fp16 training uses, if there is one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def loss_scale(trainer: Trainer) -> Tensor | float:
     """The factor by which a gradient scaler has multiplied gradients that are not unscaled yet."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
     # The public get_scale() would wait for the device.
-    scale = getattr(scaler, "_scale", None)
+    scale = getattr(gradient_scaler(trainer), "_scale", None)
     return 1.0 if scale is None else scale
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from dynwatch.callbacks.namespaces import Logger, Trainer
 from dynwatch.callbacks.panels import Chart, layout
 from dynwatch.callbacks.series import Series
+from dynwatch.constants import widest_float
 
 if TYPE_CHECKING:
     from dynwatch.callbacks.base import Monitor
@@ -58,7 +59,6 @@ class Stream:
         self._own_seconds = 0.0
         self._measuring = False
         self._started = time.perf_counter()
-        self._last_step = 0
 
     @staticmethod
     def of(trainer: Trainer) -> Stream:
@@ -94,7 +94,6 @@ class Stream:
         """Begin the clock and write the panels, once, when training starts."""
         self._started = time.perf_counter()
         self._own_seconds = 0.0
-        self._last_step = self.step(trainer)
         for writer in tensorboard_writers(trainer):
             try:
                 writer.add_custom_scalars(layout(self.charts()))
@@ -197,24 +196,25 @@ class Stream:
             readings = entry.source.guarded(trainer, entry.source.finish, entry.step, raw)
             by_step.setdefault(entry.step, {}).update(readings or {})
             notes.setdefault(entry.step, {}).update(entry.notes)
+        hidden, sparse = self._tags("hidden_tags"), self._tags("sparse_tags")
         for step in sorted(by_step):
             readings = by_step[step]
             for member in self.members:
                 readings.update(member.guarded(trainer, member.read, step, readings, notes[step]) or {})
-            shown = self._shown(trainer, step, readings)
-            sparse = self._tags("sparse_tags")
+            shown = self._shown(trainer, step, readings, hidden, sparse)
             for tag, value in readings.items():
                 if tag in shown or tag in sparse:
                     self.series.setdefault(tag, Series()).add(value)
             self._hand_on(trainer, step, shown)
 
-    def _shown(self, trainer: Trainer, step: int, readings: dict[str, float]) -> dict[str, float]:
+    def _shown(
+        self, trainer: Trainer, step: int, readings: dict[str, float], hidden: set[str], sparse: set[str]
+    ) -> dict[str, float]:
         """What of a step's readings is for people: no inner values, and some only as often as the Trainer logs."""
-        hidden, sparse = self._tags("hidden_tags"), self._tags("sparse_tags")
         verdict = any(tag.startswith("stop/") for tag in readings.keys() - hidden - sparse)
         logging_step = (step + 1) % logging_interval(trainer) == 0
         if not logging_step and not verdict:
-            hidden |= sparse
+            hidden = hidden | sparse
         shown = {tag: value for tag, value in readings.items() if tag not in hidden}
         if logging_step:
             shown[OVERHEAD] = self.overhead()
@@ -224,10 +224,10 @@ class Stream:
         return {tag for member in self.members for tag in getattr(member, kind)}
 
     def _hand_on(self, trainer: Trainer, step: int, readings: dict[str, float]) -> None:
-        # The public property would compute the user's epoch metrics early; its dict takes no such action.
-        trainer._logger_connector._callback_metrics.update({t: torch.tensor(v) for t, v in readings.items()})
         if not readings:
             return
+        # The public property would compute the user's epoch metrics early; its dict takes no such action.
+        trainer._logger_connector._callback_metrics.update({t: torch.tensor(v) for t, v in readings.items()})
         for logger in trainer.loggers:
             if id(logger) in self._broken_loggers:
                 continue
@@ -251,7 +251,7 @@ class Stream:
         for member in self.members:
             size = float(sum((entry.step + 1) * len(entry.tags) for entry in shared if entry.source is member))
             head += [size, -size, float(member.failure is not None)]
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = widest_float(device)
         top = torch.tensor(head, dtype=wide, device=device)
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
         agreed = top.tolist()
@@ -303,8 +303,7 @@ def _to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     values: dict[int, list[float]] = {}
     for device in {t.device for t in tensors}:
         where = [i for i, t in enumerate(tensors) if t.device == device]
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        flat = iter(torch.cat([tensors[i].reshape(-1).to(wide) for i in where]).tolist())
+        flat = iter(torch.cat([tensors[i].reshape(-1).to(widest_float(device)) for i in where]).tolist())
         for i in where:
             values[i] = list(islice(flat, tensors[i].numel()))
     return [values[i] for i in range(len(tensors))]

@@ -1,4 +1,7 @@
-"""Small constant tensors that stay on their device, because each copy to an accelerator waits for it."""
+"""What depends on the device alone: its widest float, and small constants that stay there.
+
+Each copy to an accelerator waits for it, so constants are copied once.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +28,13 @@ def on_device(values: tuple[int, ...], device: torch.device, dtype: torch.dtype 
         tensor([2, 0])
     """
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The most exact float type that a device has: float32 on Apple's, float64 elsewhere.
+
+    Example:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

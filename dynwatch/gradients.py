@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from dynwatch.constants import on_device
+from dynwatch.constants import on_device, widest_float
 
 # A float32 sum over a long vector loses digits on a CPU (1e-4 at 6e5 entries was seen for
 # torch.linalg.vector_norm). Pieces of these lengths keep the error of a norm below 1e-6.
@@ -268,7 +268,7 @@ def _local_values(tensor: Tensor) -> Tensor:
 
 def _local_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     home = tensors[0].device
-    wide = torch.float32 if home.type == "mps" else torch.float64
+    wide = widest_float(home)
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         alike.setdefault((t.device, t.dtype), []).append(i)

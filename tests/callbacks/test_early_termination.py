@@ -239,24 +239,26 @@ def test_spoilt_buffers_count_as_spoilt_weights(tmp_path: Path) -> None:
     assert "not finite: norm.running_mean first" in stop.verdict.reason
 
 
+class Manual(Poor):
+    """Each layer has an optimizer of its own, stepped by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+
 def test_manual_optimization(tmp_path: Path) -> None:
     """A bad gradient of the second of two optimizers ends the run, with all weights finite."""
-
-    class Manual(Poor):
-        automatic_optimization = False
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
-
     stop, model = EarlyTermination(), Manual(gradient_at=(5,))
     fit(tmp_path, model, stop)
     assert stop.verdict.step == 5 and model.batches == 5
@@ -266,23 +268,7 @@ def test_manual_optimization(tmp_path: Path) -> None:
 
 def test_min_steps_counts_batches_that_stepped_in_manual_optimization(tmp_path: Path) -> None:
     """Before min_steps no update is thrown away, also where each batch has two optimizer steps."""
-
-    class Twice(Poor):
-        automatic_optimization = False
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
-
-    stop, model = EarlyTermination(min_steps=8), Twice(gradient_at=(5,))
+    stop, model = EarlyTermination(min_steps=8), Manual(gradient_at=(5,))
     fit(tmp_path, model, stop)
     assert stop.verdict.step == 7
     assert model.net[2].weight.isnan().all()  # the update of step 5 was let through
