@@ -22,7 +22,7 @@ from dynwatch.callbacks.records import append_record, print_verdict, write_text
 from dynwatch.callbacks.stopping import StopHandle
 from dynwatch.callbacks.stream import Stream, logging_interval
 from dynwatch.gradients import combine_norms, find_nonfinite, tensor_norms
-from dynwatch.rules import Divergence, NonFinite, Rule, Verdict
+from dynwatch.rules import Divergence, NonFinite, Rule, Verdict, tags
 
 log = logging.getLogger("dynwatch")
 
@@ -65,8 +65,8 @@ class EarlyTermination(Monitor):
         >>> stop = EarlyTermination(rules=[NonFinite(), Divergence(patience=50)])
     """
 
-    hidden_tags = frozenset({NonFinite.GRADIENT, NonFinite.SCALER, NonFinite.WEIGHTS, _FIRST_BAD})
-    sparse_tags = frozenset({NonFinite.LOSS, Divergence.LIMIT})
+    hidden_tags = frozenset({tags.GRADIENT, tags.SCALER, tags.WEIGHTS, _FIRST_BAD})
+    sparse_tags = frozenset({tags.LOSS, tags.LOSS_LIMIT})
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class EarlyTermination(Monitor):
     def charts(self) -> Sequence[Chart]:
         category = "dynwatch · run"
         title = "Loss, and the limit above which it diverges"
-        return (Chart(category, title, (NonFinite.LOSS, Divergence.LIMIT), pinned=True),)
+        return (Chart(category, title, (tags.LOSS, tags.LOSS_LIMIT), pinned=True),)
 
     # --- on the training process
 
@@ -178,20 +178,20 @@ class EarlyTermination(Monitor):
             total = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=device)
             values = torch.stack([total, torch.full_like(total, len(self._losses))])
             stream.emit(self, step, [_LOSS_SUM, _LOSS_COUNT], values, mean_over_ranks=True)
-        elif stream.unavailable(NonFinite.LOSS, "training_step returned no loss, so only gradients are watched"):
-            log.warning("EarlyTermination: %s.", stream.reasons[NonFinite.LOSS])
+        elif stream.unavailable(tags.LOSS, "training_step returned no loss, so only gradients are watched"):
+            log.warning("EarlyTermination: %s.", stream.reasons[tags.LOSS])
         if self._gradient_norms:
             total = torch.stack([n.to(self._gradient_norms[0]) for n in self._gradient_norms]).square().sum().sqrt()
-            tags, norms = [NonFinite.GRADIENT], [total]
+            names, norms = [tags.GRADIENT], [total]
             if self._unlooked:
                 bad = torch.cat([~seen.norms.isfinite().to(total.device) for seen in self._unlooked])
-                tags.append(_FIRST_BAD)
+                names.append(_FIRST_BAD)
                 norms.append(bad.to(total).argmax().to(total))
                 self._bad_names[step] = [name for seen in self._unlooked for name in seen.names]
-            notes = {NonFinite.GRADIENT: self._note} if self._note else {}
-            stream.emit(self, step, tags, torch.stack(norms), notes=notes)
+            notes = {tags.GRADIENT: self._note} if self._note else {}
+            stream.emit(self, step, names, torch.stack(norms), notes=notes)
         if gradient_scaler(trainer) is not None:
-            stream.emit(self, step, [NonFinite.SCALER], torch.ones(1))
+            stream.emit(self, step, [tags.SCALER], torch.ones(1))
         self._losses.clear()
         self._gradient_norms.clear()
         self._unlooked.clear()
@@ -208,19 +208,19 @@ class EarlyTermination(Monitor):
         if count is not None:
             total = readings.pop(_LOSS_SUM)
             if count:
-                readings[NonFinite.LOSS] = total / count
+                readings[tags.LOSS] = total / count
         return readings
 
     def read(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Mapping[str, float]:
         more: dict[str, float] = {}
         first_bad = readings.get(_FIRST_BAD)
         names = self._bad_names.pop(step, [])
-        if first_bad is not None and names and not math.isfinite(readings[NonFinite.GRADIENT]):
-            notes = {**notes, NonFinite.GRADIENT: f"gradient of {names[int(first_bad)]} first"}
+        if first_bad is not None and names and not math.isfinite(readings[tags.GRADIENT]):
+            notes = {**notes, tags.GRADIENT: f"gradient of {names[int(first_bad)]} first"}
         for rule in self.rules:
             verdict = rule.update(step, readings, notes)
-            if isinstance(rule, Divergence) and NonFinite.LOSS in readings and math.isfinite(rule.limit):
-                more[Divergence.LIMIT] = rule.limit
+            if isinstance(rule, Divergence) and tags.LOSS in readings and math.isfinite(rule.limit):
+                more[tags.LOSS_LIMIT] = rule.limit
             if verdict is not None and self.verdict is None and step + 1 >= self.min_steps:
                 self.verdict = verdict
                 more[f"stop/{rule.name}"] = float(step)
@@ -307,7 +307,7 @@ class EarlyTermination(Monitor):
         weights = [p.detach() for p in pl_module.parameters()]
         if weights:
             total = combine_norms(tensor_norms(weights))
-            Stream.of(trainer).emit(self, Stream.step(trainer), [NonFinite.WEIGHTS], total.reshape(1))
+            Stream.of(trainer).emit(self, Stream.step(trainer), [tags.WEIGHTS], total.reshape(1))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: before, it would stand in the middle of the progress bar.

@@ -1,0 +1,54 @@
+"""The readings that rules share, by tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LOSS = "stop/loss"  # training loss of the global batch, each step
+VAL_LOSS = "stop/val_loss"  # the user's validation loss, at each end of validation
+GRADIENT = "stop/grad_norm"  # norm over all gradients before clipping, each step
+WEIGHTS = "stop/weight_norm"  # norm over all weights, once at the end
+SCALER = "stop/scaler"  # 1 on each step under a gradient scaler
+LR = "stop/lr"  # the largest learning rate of the step
+LR_LOW = "stop/lr_low"  # the lowest learning rate still to come, as planned by the schedule
+PROGRESS = "stop/progress"  # share of the planned budget that is spent, in [0, 1]
+LOSS_LIMIT = "stop/loss_limit"  # the divergence rule's own limit
+
+GRADIENT_BY_LAYER = "grad_norm/layer/"
+UPDATE_RATIO = "update_ratio/"
+DEAD_UNITS = "activation/dead/"
+IDLE = "stop/idle_parameters"  # share of trainable parameters that no optimizer moves
+
+_VAL_LOSS_NAMES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
+_LOSS_NAMES = ("train_loss", "train/loss", "train_loss_step", "train/loss_step", "loss/train", "loss", "loss_step")
+
+
+def pick_validation_loss(names: Iterable[str]) -> str | None:
+    """Which of a run's validation metrics is its loss; None if that cannot be told.
+
+    Example:
+        >>> pick_validation_loss(["val_accuracy", "val_loss"])
+        'val_loss'
+        >>> pick_validation_loss(["val_box_loss", "val_class_loss"])
+    """
+    return _pick([name for name in names if "val" in name.lower()], _VAL_LOSS_NAMES)
+
+
+def pick_train_loss(names: Iterable[str]) -> str | None:
+    """Which of a run's metrics is its training loss; None if that cannot be told.
+
+    Example:
+        >>> pick_train_loss(["epoch", "train/loss", "val/loss"])
+        'train/loss'
+    """
+    kept = [n for n in names if not any(part in n.lower() for part in ("val", "test", "epoch")) and "stop/" not in n]
+    return _pick(kept, _LOSS_NAMES)
+
+
+def _pick(names: list[str], known: tuple[str, ...]) -> str | None:
+    for name in known:
+        found = [n for n in names if n.lower() == name]
+        if found:
+            return found[0]
+    candidates = [name for name in names if "loss" in name.lower()]
+    return candidates[0] if len(candidates) == 1 else None
