@@ -6,8 +6,9 @@ if __name__ != "dynwatch.callbacks":
         "a second copy of every class. Write 'from dynwatch.callbacks import DynWatch'."
     )
 
+from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.watch import DynWatch
 
-__all__ = ["DynWatch", "EarlyTermination", "GradientNormMonitor"]
+__all__ = ["ActivationMonitor", "DynWatch", "EarlyTermination", "GradientNormMonitor"]

@@ -42,13 +42,6 @@ def check_cadence(argument: str, value: int) -> int:
     return value
 
 
-def check_count(argument: str, value: int, least: int = 1) -> int:
-    """Return a count, or raise a ValueError that says its bound."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument}={value!r} must be a whole number, {least} or more.")
-    return value
-
-
 class Monitor(Callback):
     """A callback that measures at a cadence, emits readings and cannot break the run.
 

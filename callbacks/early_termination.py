@@ -5,67 +5,97 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 
-from dynwatch.callbacks.base import Monitor, check_cadence, check_count
+from dynwatch.callbacks.base import Monitor, check_cadence
+from dynwatch.callbacks.ending import check_exit_code, check_trial, ending, tell_outside
+from dynwatch.callbacks.loss_and_gradients import FIRST_BAD, LossAndGradients
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import StepGradients, gradient_scaler, gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
-from dynwatch.callbacks.records import append_record, print_verdict, write_text
+from dynwatch.callbacks.records import print_verdicts, write_verdict
+from dynwatch.callbacks.run_context import RunContext
 from dynwatch.callbacks.stopping import StopHandle
 from dynwatch.callbacks.stream import Stream, logging_interval
 from dynwatch.gradients import combine_norms, find_nonfinite, tensor_norms
-from dynwatch.rules import Divergence, NonFinite, Rule, Verdict, tags
+from dynwatch.rules import (
+    Action,
+    Divergence,
+    NonFinite,
+    Rule,
+    Rulebook,
+    StopWhen,
+    Verdict,
+    apply_actions,
+    default_rules,
+    tags,
+)
 
 log = logging.getLogger("dynwatch")
 
-_LOSS_SUM, _LOSS_COUNT, _FIRST_BAD = "loss_sum", "loss_count", "first_bad"
+# For the rules alone: inner values, and what the user or another callback logs already.
+_HIDDEN = frozenset({tags.GRADIENT, tags.SCALER, tags.WEIGHTS, tags.VAL_LOSS, tags.LR, tags.LR_LOW, tags.PROGRESS})
+_HIDDEN |= {tags.IDLE, FIRST_BAD}
 
 
 class EarlyTermination(Monitor):
     """Ends a run that is going nowhere, with the reason, the evidence and what to do.
 
     Every optimizer step it keeps the loss and the gradient norm on the device; every
-    `check_every_n_steps` it looks at them and asks its rules. So a verdict names the very step, even
-    when it is found some steps later. A non-finite gradient that is seen before its update (always
-    when every step is checked) is thrown away, and the weights stay as they were.
+    `check_every_n_steps` it looks at them, and at what other monitors have measured, and asks its rules. So a
+    verdict names the very step, even when it is found some steps later. A non-finite gradient that is seen before
+    its update (always when every step is checked) is thrown away, and the weights stay as they were.
 
-    When it stops a run: the decision is agreed over all ranks; training ends after the batch, in
+    Each rule has an action. "stop": the decision is agreed over all ranks; training ends after the batch, in
     Lightning's regular way (`should_stop`, so `on_train_end` hooks run); the final validation pass is
     skipped unless asked for; `ModelCheckpoint` does not overwrite an earlier checkpoint with weights
-    that may be spoilt. The verdict goes to `dynwatch.jsonl` in the log folder, to TensorBoard's Text
-    tab (`stop/verdict`), to the Python log ("dynwatch") and to the terminal. `Trainer(min_steps=…)`
-    and `min_epochs` delay a stop.
+    that may be spoilt; `Trainer(min_steps=…)` and `min_epochs` delay it. "warn": the run goes on. "shadow": the
+    run goes on, and what would have ended it is noted without a warning. By default non-finite numbers and
+    divergence stop a run, and everything else warns.
+
+    Every verdict goes to `dynwatch.jsonl` in the log folder, to TensorBoard's Text tab (`stop/verdict`), to the
+    Python log ("dynwatch"; in shadow mode at level INFO), to `trainer.callback_metrics` and, at the end of fit,
+    to the terminal.
 
     Logs, as often as the Trainer logs (`log_every_n_steps`) and at a verdict:
 
     * `stop/loss`: the loss of the global batch (mean over micro-batches and ranks).
     * `stop/loss_limit`: the end of the band that the divergence rule allows.
-    * `stop/<rule>`: once, at the step at which the rule fired, that step (`stop/non_finite`, `stop/divergence`).
+    * `stop/<rule>`: at the step at which the rule fired, that step: `stop/non_finite`, `stop/divergence`,
+      `stop/loss_spike`, `stop/gradient_explosion`, `stop/vanishing_gradients`, `stop/dead_layers`,
+      `stop/no_learning`, `stop/plateau`, `stop/overfitting`, and those of your own rules.
 
     Args:
-        rules: The rules to ask; None takes `NonFinite()` and `Divergence()`, with their defaults.
+        rules: The rules to ask; None takes `dynwatch.rules.default_rules()`.
         check_every_n_steps: How often readings are looked at. None: every step where looking is free
             (one process on a CPU), else as often as the Trainer logs, because each look waits for the
             accelerator or for other ranks.
-        min_steps: No stop before this many optimizer steps; a non-finite update is not thrown away either.
+        min_steps: No verdict before this many optimizer steps; a non-finite update is not thrown away either.
         final_validation: Whether to run Lightning's validation pass after a stop.
+        actions: What is done about a rule's verdicts, by the rule's name: "stop", "warn", "shadow", or "off" to
+            leave the rule out. One word instead of a dict holds for all rules: `actions="shadow"`.
+        cooldown: Steps for which a rule that has warned, or fired in shadow mode, stays silent.
+        validation_loss: Name of the validation loss that you log, for the overfitting rule; None takes
+            `val_loss`, `val/loss` and the like, or the only validation metric with "loss" in its name.
+        on_stop: Called as `on_stop(trainer, verdict)` on the first rank when a run is ended, for alerts.
+        exit_code: Raise `SystemExit` with this status when a stopped fit has been torn down, so that a
+            script or a scheduler can tell. None: `fit` returns.
+        trial: An Optuna trial, which a stop prunes: `optuna.TrialPruned` is raised when fit has been torn down,
+            and the trial's user attributes `dynwatch/rule`, `/step` and `/reason` say why.
 
     Raises:
-        ValueError: For an argument out of bounds, or two rules of one name.
+        ValueError: For an argument out of bounds, two rules of one name, or an action for an unknown rule.
+        ModuleNotFoundError: If a trial is given and Optuna is not installed.
 
     Example:
-        >>> stop = EarlyTermination(rules=[NonFinite(), Divergence(patience=50)])
+        >>> stop = EarlyTermination(actions={"no_learning": "stop", "plateau": "off"}, min_steps=100)
     """
 
-    hidden_tags = frozenset({tags.GRADIENT, tags.SCALER, tags.WEIGHTS, _FIRST_BAD})
     sparse_tags = frozenset({tags.LOSS, tags.LOSS_LIMIT})
 
     def __init__(
@@ -74,34 +104,49 @@ class EarlyTermination(Monitor):
         check_every_n_steps: int | None = None,
         min_steps: int = 0,
         final_validation: bool = False,
+        actions: dict[str, str] | str | None = None,
+        cooldown: int = 1000,
+        validation_loss: str | None = None,
+        on_stop: Callable[[Any, Verdict], None] | None = None,
+        exit_code: int | None = None,
+        trial: Any = None,
     ) -> None:
         super().__init__()
-        self.rules: list[Rule] = [NonFinite(), Divergence()] if rules is None else list(rules)
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise ValueError(f"rules has {rule!r}, which must be an instance of Rule, such as NonFinite().")
-        names = [rule.name for rule in self.rules]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rules has two rules of one name: {', '.join(names)}. Keep one of each.")
+        self._named_by_user = rules is not None
+        chosen = apply_actions(default_rules() if rules is None else rules, actions)
+        self._rulebook = Rulebook(chosen, min_steps, cooldown)
         if check_every_n_steps is not None:
             check_cadence("check_every_n_steps", check_every_n_steps)
-        check_count("min_steps", min_steps, least=0)
         self.check_every_n_steps = check_every_n_steps
         self.min_steps = min_steps
         self.final_validation = final_validation
+        self.validation_loss = validation_loss
+        if on_stop is not None and not callable(on_stop):
+            raise ValueError(f"on_stop={on_stop!r} must be a function of the trainer and the verdict.")
+        self.on_stop = on_stop
+        self.exit_code = check_exit_code(exit_code)
+        self.trial = check_trial(trial)
         self.prints = True  # DynWatch(report=False) turns it off
+        self.hidden_tags = _HIDDEN
         self._reset()
 
+    @property
+    def rules(self) -> list[Rule]:
+        """The rules that are asked."""
+        return self._rulebook.rules
+
     def _reset(self) -> None:
-        self.verdict: Verdict | None = None
+        self.verdict: Verdict | None = None  # the one that ends the run
+        self.verdicts: list[tuple[Action, Verdict]] = []  # all that counted
+        self._untold: list[tuple[Action, Verdict]] = []
+        self._told_failures: set[str] = set()
         self._stop = StopHandle()
+        self._ending: BaseException | None = None
         self._outcome = ""
         self._told_delay = False
-        self._gradient_norms: list[Tensor] = []
-        self._unlooked: list[StepGradients] = []  # this step's, where looking at them would wait for the device
-        self._bad_names: dict[int, list[str]] = {}  # by step: names that first_bad points into
-        self._note = ""  # what is known in words about this step's gradients
-        self._losses: list[Tensor] = []
+        self._measured = LossAndGradients()
+        self._context: RunContext | None = None
+        self._unseen = {tag for rule in self.rules for tag in rule.reads} if self._named_by_user else set()
         self._discarded_at: int | None = None
         self._log_dir: str | None = None
         self._gradients_hidden: str | None = None
@@ -138,116 +183,133 @@ class EarlyTermination(Monitor):
         self._gradients_hidden = gradients_out_of_reach(trainer)
         if self._gradients_hidden:
             log.warning("EarlyTermination watches the loss alone: %s.", self._gradients_hidden)
+        reads = [tag for rule in self.rules for tag in rule.reads]
+        self._context = RunContext(trainer, pl_module, reads, self.validation_loss)
 
     def measure_gradients(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._gradients_hidden:
-            return
-        seen = StepGradients.of(trainer, pl_module, optimizer, norm_type=None)
+        seen = None if self._gradients_hidden else StepGradients.of(trainer, pl_module, optimizer, norm_type=None)
+        if self._context:
+            self._context.before_step(optimizer, seen.parameters if seen else ())
         if seen is None:
             return
-        self._gradient_norms.append(seen.total)
         look = seen.free_to_look or Stream.of(trainer).flush_due(trainer)
-        if not look:
-            self._unlooked.append(seen)
-        elif seen.nonfinite:
-            self._note = self._note or f"gradient of {seen.nonfinite}"
+        if self._measured.add_gradients(seen, look):
             self._discard(trainer, seen)
         if seen.failure:
             raise seen.failure
 
     def _discard(self, trainer: Trainer, seen: StepGradients) -> None:
         """Keep a non-finite gradient away from the weights, when its verdict is going to end the run."""
-        fatal = any(isinstance(rule, NonFinite) for rule in self.rules) and gradient_scaler(trainer) is None
-        if not (fatal and self._may_stop(trainer) and Stream.of(trainer).flush_due(trainer)):
+        fatal = any(isinstance(rule, NonFinite) and rule.action == "stop" for rule in self.rules)
+        may_stop = trainer.fit_loop._can_stop_early and Stream.step(trainer) + 1 >= self.min_steps
+        if not (fatal and may_stop and gradient_scaler(trainer) is None and Stream.of(trainer).flush_due(trainer)):
             return
         for parameter in seen.parameters:
             parameter.grad = None  # every torch optimizer leaves a parameter without gradient alone
         self._discarded_at = Stream.step(trainer)
 
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        loss = _loss_in(outputs)
-        if loss is not None:
-            # Lightning has divided it for accumulation in automatic optimization only.
-            scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._losses.append(loss.detach().float().reshape(()) * scale)
+        self._measured.add_loss(trainer, pl_module, outputs)
         if trainer.fit_loop._should_accumulate():
             return
-        stream, step = Stream.of(trainer), Stream.step(trainer)
-        if self._losses or trainer.world_size > 1:
-            device = self._losses[0].device if self._losses else trainer.strategy.root_device
-            total = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=device)
-            values = torch.stack([total, torch.full_like(total, len(self._losses))])
-            stream.emit(self, step, [_LOSS_SUM, _LOSS_COUNT], values, mean_over_ranks=True)
-        elif stream.unavailable(tags.LOSS, "training_step returned no loss, so only gradients are watched"):
+        stream = Stream.of(trainer)
+        if not self._measured.emit(self, trainer) and stream.unavailable(
+            tags.LOSS, "training_step returned no loss, so only gradients are watched"
+        ):
             log.warning("EarlyTermination: %s.", stream.reasons[tags.LOSS])
-        if self._gradient_norms:
-            total = torch.stack([n.to(self._gradient_norms[0]) for n in self._gradient_norms]).square().sum().sqrt()
-            names, norms = [tags.GRADIENT], [total]
-            if self._unlooked:
-                bad = torch.cat([~seen.norms.isfinite().to(total.device) for seen in self._unlooked])
-                names.append(_FIRST_BAD)
-                norms.append(bad.to(total).argmax().to(total))
-                self._bad_names[step] = [name for seen in self._unlooked for name in seen.names]
-            notes = {tags.GRADIENT: self._note} if self._note else {}
-            stream.emit(self, step, names, torch.stack(norms), notes=notes)
-        if gradient_scaler(trainer) is not None:
-            stream.emit(self, step, [tags.SCALER], torch.ones(1))
-        self._losses.clear()
-        self._gradient_norms.clear()
-        self._unlooked.clear()
-        self._note = ""
+        if self._context:
+            self._context.emit_step(self, trainer)
 
-    def _may_stop(self, trainer: Trainer) -> bool:
-        return trainer.fit_loop._can_stop_early and Stream.step(trainer) + 1 >= self.min_steps
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._context:
+            self.guarded(trainer, self._context.emit_epoch, self, trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._context and not trainer.sanity_checking:  # Trainer.validate has no context
+            self.guarded(trainer, self._context.emit_validation, self, trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.guarded(trainer, self._emit_last, trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+        self._tell_unseen()
+
+    def _emit_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last update has no next loss to show that it spoilt the weights, so they are looked at once."""
+        if self._context:
+            self._context.emit_epoch(self, trainer)
+        weights = [p.detach() for p in pl_module.parameters()]
+        if weights:
+            total = combine_norms(tensor_norms(weights))
+            Stream.of(trainer).emit(self, Stream.step(trainer), [tags.WEIGHTS], total.reshape(1))
 
     # --- at a flush, on the host
 
     def finish(self, step: int, raw: Mapping[str, float]) -> Mapping[str, float]:
         readings = dict(raw)
-        count = readings.pop(_LOSS_COUNT, None)
-        if count is not None:
-            total = readings.pop(_LOSS_SUM)
-            if count:
-                readings[tags.LOSS] = total / count
+        LossAndGradients.finish(readings)
+        self.hidden_tags = self.hidden_tags.union(RunContext.finish(readings))  # the user logs those already
         return readings
 
     def read(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Mapping[str, float]:
+        if self._unseen:
+            self._unseen = {tag for tag in self._unseen if not any(t.startswith(tag) for t in readings)}
+        notes = {**notes, **self._measured.note(step, readings)}
         more: dict[str, float] = {}
-        first_bad = readings.get(_FIRST_BAD)
-        names = self._bad_names.pop(step, [])
-        if first_bad is not None and names and not math.isfinite(readings[tags.GRADIENT]):
-            notes = {**notes, tags.GRADIENT: f"gradient of {names[int(first_bad)]} first"}
+        for rule, verdict in self._rulebook.update(step, readings, notes):
+            if rule.action != "stop":
+                self._untold.append((rule.action, verdict))
+            elif self.verdict is None:
+                self.verdict = verdict
+            else:
+                continue
+            more[f"stop/{rule.name}"] = float(step)
         for rule in self.rules:
-            verdict = rule.update(step, readings, notes)
             if isinstance(rule, Divergence) and tags.LOSS in readings and math.isfinite(rule.limit):
                 more[tags.LOSS_LIMIT] = rule.limit
-            if verdict is not None and self.verdict is None and step + 1 >= self.min_steps:
-                self.verdict = verdict
-                more[f"stop/{rule.name}"] = float(step)
         return more
 
     def after_flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, why in self._rulebook.failed.items():
+            if name not in self._told_failures:
+                self._told_failures.add(name)
+                log.warning("The rule %s is off for the rest of this run, because it raised %s.", name, why)
+        untold, self._untold = self._untold, []
+        for action, verdict in untold:
+            verdict = self._add_circumstances(trainer, verdict, "Learning rate")
+            self.verdicts.append((action, verdict))
+            self._record(trainer, action, verdict, None)
+        if not any(rule.action == "stop" for rule in self.rules):
+            return
         # Every rank asks, also one whose rules failed.
         if not trainer.strategy.reduce_boolean_decision(self.verdict is not None, all=False):
             return
-        if self._stop.active:
-            return
-        if not trainer.fit_loop._can_stop_early:
-            if not self._told_delay and self.verdict:
-                self._told_delay = True
-                log.warning(
-                    "%s The run goes on until Trainer(min_steps=%s, min_epochs=%s) allows a stop.",
-                    self.verdict.reason,
-                    trainer.min_steps,
-                    trainer.min_epochs,
-                )
-            return
+        if not self._stop.active and self._allowed(trainer):
+            self._end_run(trainer, pl_module)
+
+    def _allowed(self, trainer: Trainer) -> bool:
+        if trainer.fit_loop._can_stop_early:
+            return True
+        if not self._told_delay and self.verdict:
+            self._told_delay = True
+            log.warning(
+                "%s The run goes on until Trainer(min_steps=%s, min_epochs=%s) allows a stop.",
+                self.verdict.reason,
+                trainer.min_steps,
+                trainer.min_epochs,
+            )
+        return False
+
+    def _end_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         verdict = self.verdict = self._locate(pl_module, self._agreed_verdict(trainer))
         # First of all the stop itself: what fails from here on, on one rank, no longer parts the ranks.
         kept = self._stop.stop(trainer, protect_checkpoints=verdict.weights_suspect, validate=self.final_validation)
-        verdict = self.verdict = self._add_circumstances(trainer, verdict)
+        self._ending = ending(verdict, self.exit_code, self.trial)
+        verdict = self.verdict = self._add_circumstances(trainer, verdict, "Learning rate when it was stopped")
+        self.verdicts.append(("stop", verdict))
         self._outcome = self._describe_outcome(verdict, kept)
-        self._record(trainer, verdict, kept)
+        self._record(trainer, "stop", verdict, kept)
+        if trainer.is_global_zero:
+            tell_outside(trainer, verdict, self.on_stop, self.trial)
 
     def _agreed_verdict(self, trainer: Trainer) -> Verdict:
         """The verdict of the first rank that has one; the ranks must agree on what it says of checkpoints."""
@@ -266,10 +328,11 @@ class EarlyTermination(Monitor):
         state = f"Weights are not finite: {found}." if found else "All weights are finite."
         return replace(verdict, reason=f"{verdict.reason} {state}", weights_suspect=found is not None)
 
-    def _add_circumstances(self, trainer: Trainer, verdict: Verdict) -> Verdict:
+    @staticmethod
+    def _add_circumstances(trainer: Trainer, verdict: Verdict, rate: str) -> Verdict:
         """Add what the advice should be read with: the learning rate, and whether gradients are clipped."""
         rates = [f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g]
-        facts = [f"Learning rate when it was stopped: {', '.join(dict.fromkeys(rates))}."] if rates else []
+        facts = [f"{rate}: {', '.join(dict.fromkeys(rates))}."] if rates else []
         if trainer.gradient_clip_val:
             facts.append(f"Gradients were clipped at {trainer.gradient_clip_val}.")
         return replace(verdict, reason=" ".join([verdict.reason, *facts]))
@@ -282,40 +345,44 @@ class EarlyTermination(Monitor):
             parts.append(f"Last checkpoint: {checkpoint}")
         return " ".join(parts) or "No checkpoint was saved before the stop."
 
-    def _record(self, trainer: Trainer, verdict: Verdict, checkpoint: str | None) -> None:
+    def _record(self, trainer: Trainer, action: Action, verdict: Verdict, checkpoint: str | None) -> None:
         if not trainer.is_global_zero:
             return
-        log.warning("dynwatch ends this run (%s): %s %s", verdict.rule, verdict.reason, verdict.advice)
-        record = {
-            "time": time.time(),
-            "action": "stop",
-            **verdict.to_dict(),
-            "epoch": trainer.current_epoch,
-            "stopped_after_step": Stream.step(trainer),
-            "update_discarded_at_step": self._discarded_at,
-            "last_checkpoint": checkpoint,
-        }
-        append_record(self._log_dir, record)
-        write_text(trainer, verdict, self._outcome)
+        record: dict[str, Any] = {"time": time.time(), "action": action, **verdict.to_dict()}
+        record["epoch"] = trainer.current_epoch
+        if action == "stop":
+            record["stopped_after_step"] = Stream.step(trainer)
+            record["update_discarded_at_step"] = self._discarded_at
+            record["last_checkpoint"] = checkpoint
+        write_verdict(trainer, self._log_dir, action, verdict, record, self._outcome if action == "stop" else "")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.guarded(trainer, self._emit_weights, trainer, pl_module)
-        super().on_train_end(trainer, pl_module)
-
-    def _emit_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last update has no next loss to show that it spoilt the weights, so they are looked at once."""
-        weights = [p.detach() for p in pl_module.parameters()]
-        if weights:
-            total = combine_norms(tensor_norms(weights))
-            Stream.of(trainer).emit(self, Stream.step(trainer), [tags.WEIGHTS], total.reshape(1))
+    def _tell_unseen(self) -> None:
+        """A rule that the user chose and that had nothing to look at must not pass for one that was content."""
+        for rule in self.rules:
+            unseen = [tag for tag in rule.reads if tag in self._unseen]
+            if unseen and (len(unseen) == len(rule.reads) or isinstance(rule, StopWhen)):
+                log.warning(
+                    "The rule %s could not judge this run: nothing was logged or measured as %s. Metrics of "
+                    "training_step and of validation can be read by the name under which you log them.",
+                    rule.name,
+                    ", ".join(unseen),
+                )
+        self._unseen = set()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now: before, it would stand in the middle of the progress bar.
-        if self.prints and self._stop.active and self.verdict and trainer.is_global_zero:
-            print_verdict(self.verdict, self._outcome)
+        # Only now: before, they would stand in the middle of the progress bar.
+        if self.prints and trainer.is_global_zero:
+            print_verdicts(self.verdicts, self._outcome)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        raised, self._ending = self._ending, None
+        if stage == "fit" and raised is not None:
+            raise raised
 
     def release(self) -> None:
         self._stop.release()
+        self._context = None
 
     # --- state
 
@@ -323,19 +390,12 @@ class EarlyTermination(Monitor):
         # A verdict that has ended its run is not kept: who resumes from its checkpoint wants to go on.
         waiting = None if self._stop.active else self.verdict
         return {
-            "rules": {rule.name: rule.state_dict() for rule in self.rules},
+            "rulebook": self._rulebook.state_dict(),
             "verdict": asdict(waiting) if waiting else None,
-            "bad_names": dict(self._bad_names),
+            "bad_names": dict(self._measured.bad_names),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for rule in self.rules:
-            if rule.name in state["rules"]:
-                rule.load_state_dict(state["rules"][rule.name])
+        self._rulebook.load_state_dict(state["rulebook"])
         self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
-        self._bad_names = dict(state["bad_names"])
-
-
-def _loss_in(outputs: Any) -> Tensor | None:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        self._measured.bad_names = dict(state["bad_names"])

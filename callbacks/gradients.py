@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynwatch.callbacks.after_step import AfterStep, UpdateRatio
-from dynwatch.callbacks.base import Monitor, check_cadence, check_count, isolated
+from dynwatch.callbacks.base import Monitor, check_cadence, isolated
 from dynwatch.callbacks.clipping import clipping_expected, norm_after_clipping
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.noise_pairs import NoisePairs
@@ -30,6 +30,7 @@ from dynwatch.constants import on_device
 from dynwatch.gradients import combine_norms, group_norms, tensor_norms
 from dynwatch.layers import LayerGroups, group_by_layer
 from dynwatch.noise_scale import NoiseScale
+from dynwatch.rules.base import check_count
 
 TOTAL = "grad_norm/total"
 CLIPPED = "grad_norm/clipped"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from dynwatch.callbacks.namespaces import Trainer
 from dynwatch.callbacks.series import sparkline
 from dynwatch.callbacks.stream import tensorboard_writers
 from dynwatch.callbacks.terminal import terminal
-from dynwatch.rules import Verdict
+from dynwatch.rules import Action, Verdict
 
 log = logging.getLogger("dynwatch")
 
@@ -44,9 +46,16 @@ def append_record(folder: str | None, record: dict[str, Any]) -> Path | None:
     return path
 
 
-def write_text(trainer: Trainer, verdict: Verdict, outcome: str) -> None:
-    """Write a verdict to TensorBoard's Text tab as `stop/verdict`."""
-    text = f"**{verdict.rule}** at step {verdict.step}\n\n{verdict.reason}\n\n{verdict.advice}\n\n{outcome}"
+def write_verdict(
+    trainer: Trainer, folder: str | None, action: Action, verdict: Verdict, record: dict[str, Any], outcome: str
+) -> None:
+    """Write a verdict to the Python log, to `dynwatch.jsonl` and to TensorBoard."""
+    what = {"stop": "ends this run", "warn": "warns", "shadow": "would have ended this run (shadow)"}[action]
+    level = logging.INFO if action == "shadow" else logging.WARNING
+    log.log(level, "dynwatch %s (%s): %s %s", what, verdict.rule, verdict.reason, verdict.advice)
+    append_record(folder, record)
+    title = f"**{verdict.rule}** at step {verdict.step}: dynwatch {what}"
+    text = "\n\n".join(part for part in (title, verdict.reason, verdict.advice, outcome) if part)
     for writer in tensorboard_writers(trainer):
         try:
             writer.add_text("stop/verdict", text, verdict.step)
@@ -55,18 +64,40 @@ def write_text(trainer: Trainer, verdict: Verdict, outcome: str) -> None:
             log.warning("dynwatch could not write its verdict to TensorBoard: %s.", error)
 
 
-def verdict_panel(verdict: Verdict, outcome: str) -> Panel:
+_TITLES = {
+    "stop": ("dynwatch ended this run: {rule}", "red"),
+    "warn": ("dynwatch warned: {rule}", "yellow"),
+    "shadow": ("dynwatch would have ended this run (shadow): {rule}", "blue"),
+}
+
+
+def verdict_panel(action: Action, verdict: Verdict, outcome: str) -> Panel:
     """A verdict for the terminal."""
+    title, colour = _TITLES[action]
     lines = [Text(verdict.reason), Text(verdict.advice, style="bold")]
     for tag, readings in verdict.evidence.items():
         values = [value for _, value in readings]
         if values:
             last = ", ".join(f"{value:.4g}" for value in values[-3:])
             lines.append(Text(f"{tag}  {sparkline(values)}  … {last}  (steps {readings[0][0]}-{readings[-1][0]})"))
-    lines.append(Text(outcome, style="dim"))
-    return Panel(Group(*lines), title=f"dynwatch ended this run: {verdict.rule}", border_style="red")
+    if outcome:
+        lines.append(Text(outcome, style="dim"))
+    return Panel(Group(*lines), title=title.format(rule=verdict.rule), border_style=colour)
 
 
-def print_verdict(verdict: Verdict, outcome: str) -> None:
+def print_verdicts(verdicts: Sequence[tuple[Action, Verdict]], outcome: str) -> None:
+    """Print the first verdict of each rule and action, a stop last, and how often it came again.
+
+    Args:
+        verdicts: All verdicts of a run, in order.
+        outcome: What the stop left behind, in words.
+    """
+    if not verdicts:
+        return
+    again = Counter((action, verdict.rule) for action, verdict in verdicts)
+    first = {(action, verdict.rule): verdict for action, verdict in reversed(verdicts)}
     with terminal() as console:
-        console.print(verdict_panel(verdict, outcome))
+        for (action, rule), verdict in sorted(first.items(), key=lambda item: (item[0][0] == "stop", item[1].step)):
+            count = again[action, rule]
+            more = f"So {count} times in this run." if count > 1 else ""
+            console.print(verdict_panel(action, verdict, outcome if action == "stop" else more))

@@ -14,7 +14,7 @@ from dynwatch.callbacks.panels import pinned_link
 from dynwatch.callbacks.series import Series
 from dynwatch.callbacks.stream import OVERHEAD, Stream, tensorboard_loggers
 from dynwatch.callbacks.terminal import terminal
-from dynwatch.rules import Verdict
+from dynwatch.rules import Action, Verdict
 
 
 def tensorboard_lines(trainer: Trainer, stream: Stream) -> list[str]:
@@ -30,7 +30,7 @@ def tensorboard_lines(trainer: Trainer, stream: Stream) -> list[str]:
 def print_start(trainer: Trainer, stream: Stream) -> None:
     """A few lines when training starts, so that one can watch from the first step."""
     with terminal() as console:
-        watched = ", ".join(type(member).__name__ for member in stream.members)
+        watched = ", ".join(type(member).__name__ for member in stream.members if member.charts())
         console.print(Text(f"dynwatch watches this run: {watched}."))
         for line in tensorboard_lines(trainer, stream):
             console.print(Text(f"  {line}"), soft_wrap=True)
@@ -38,8 +38,9 @@ def print_start(trainer: Trainer, stream: Stream) -> None:
             console.print(Text("All panels are in TensorBoard's Custom Scalars tab; the link shows the main cards."))
 
 
-def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> None:
+def print_summary(trainer: Trainer, stream: Stream, verdicts: Sequence[tuple[Action, Verdict]]) -> None:
     """The table at the end of fit."""
+    steps_of_verdicts = {f"stop/{verdict.rule}" for _, verdict in verdicts}
     with terminal() as console:
         table = Table(title="dynwatch", title_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("reading", overflow="fold")
@@ -47,8 +48,8 @@ def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> 
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("over the run", no_wrap=True)
         for tag, series in _key_series(stream):
-            if verdict and tag == f"stop/{verdict.rule}":
-                continue  # its only value, the step, stands in the verdict
+            if tag in steps_of_verdicts:
+                continue  # they stand in the verdict below
             low, high = (
                 (_figure(series.smallest), _figure(series.largest)) if series.smallest <= series.largest else ("", "")
             )
@@ -59,13 +60,31 @@ def print_summary(trainer: Trainer, stream: Stream, verdict: Verdict | None) -> 
         for member in stream.members:
             if member.off:
                 console.print(Text(f"{type(member).__name__} was switched off: {member.off}", style="yellow"))
-        if verdict is None:
-            console.print(Text(f"Verdict: nothing to object to. Own cost: {stream.overhead():.1%} of the run's time."))
-        else:
-            console.print(Text(f"Verdict: stopped by {verdict.rule} at step {verdict.step}.", style="bold red"))
-            console.print(Text(f"Own cost: {stream.overhead():.1%} of the run's time."))
+        for line, style in verdict_lines(verdicts):
+            console.print(Text(line, style=style))
+        console.print(Text(f"Own cost: {stream.overhead():.1%} of the run's time."))
         for line in tensorboard_lines(trainer, stream):
             console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def verdict_lines(verdicts: Sequence[tuple[Action, Verdict]]) -> list[tuple[str, str]]:
+    """What the rules had to say, as (line, style): one line for each action."""
+    if not verdicts:
+        return [("Verdict: nothing to object to.", "")]
+    lines = []
+    for action, what, style in (
+        ("stop", "stopped by", "bold red"),
+        ("warn", "warned by", "yellow"),
+        ("shadow", "would have been stopped (shadow) by", "blue"),
+    ):
+        first: dict[str, int] = {}
+        for of, verdict in verdicts:
+            if of == action:
+                first.setdefault(verdict.rule, verdict.step)
+        if first:
+            rules = ", ".join(f"{rule} at step {step}" for rule, step in first.items())
+            lines.append((f"Verdict: {what} {rules}.", style))
+    return lines
 
 
 def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
@@ -20,8 +21,9 @@ class DynWatch(Callback):
     starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
     summary with the key figures, its own cost and the verdict.
 
-    Logs everything that `GradientNormMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the
-    share of the run's time spent in dynwatch, as the host sees it, as often as the Trainer logs.
+    Logs everything that `GradientNormMonitor`, `ActivationMonitor` and `EarlyTermination` log, and
+    `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it, as often as the
+    Trainer logs.
 
     Args:
         gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
@@ -29,6 +31,8 @@ class DynWatch(Callback):
         stop: End poor runs; an `EarlyTermination` of your own replaces the default one, `False` leaves
             it out and the run always goes on.
         report: Print to the terminal.
+        activations: Watch ReLU units that stop firing; an `ActivationMonitor` of your own replaces the
+            default one, `False` leaves it out.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -42,19 +46,28 @@ class DynWatch(Callback):
         gradients: bool | GradientNormMonitor = True,
         stop: bool | EarlyTermination = True,
         report: bool = True,
+        activations: bool | ActivationMonitor = True,
     ) -> None:
         super().__init__()
-        for argument, value, kind in (("gradients", gradients, GradientNormMonitor), ("stop", stop, EarlyTermination)):
+        for argument, value, kind in (
+            ("gradients", gradients, GradientNormMonitor),
+            ("activations", activations, ActivationMonitor),
+            ("stop", stop, EarlyTermination),
+        ):
             if not isinstance(value, (bool, kind)):
                 raise ValueError(f"{argument}={value!r} must be True, False or an instance of {kind.__name__}.")
         self.monitors: list[Monitor] = []
         if gradients:
             self.monitors.append(GradientNormMonitor() if gradients is True else gradients)
+        if activations:
+            self.monitors.append(ActivationMonitor() if activations is True else activations)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
-            raise ValueError("DynWatch(gradients=False, stop=False) watches nothing: turn one on or leave it out.")
+            raise ValueError(
+                "DynWatch(gradients=False, stop=False, activations=False) watches nothing: turn one on or leave it out."
+            )
         self.report = report
         if self.early_termination and not report:
             self.early_termination.prints = False
@@ -69,7 +82,8 @@ class DynWatch(Callback):
         for monitor in self.monitors:
             monitor.on_fit_end(trainer, pl_module)
         if self.report and trainer.is_global_zero:
-            print_summary(trainer, Stream.of(trainer), self.verdict)
+            verdicts = self.early_termination.verdicts if self.early_termination else []
+            print_summary(trainer, Stream.of(trainer), verdicts)
 
     @property
     def verdict(self) -> Any:

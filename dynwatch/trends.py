@@ -93,9 +93,9 @@ class RunMeans:
     Example:
         >>> means = RunMeans(most=4)
         >>> for number in range(10):
-        ...     means.add(float(number))
+        ...     _ = means.add(float(number))
         >>> means.blocks, means.block_length
-        ([0.5, 2.5, 4.5, 6.5, 8.5], 2)
+        ([1.5, 5.5], 4)
     """
 
     def __init__(self, most: int = 64) -> None:

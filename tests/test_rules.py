@@ -135,6 +135,7 @@ def test_a_verdict_is_strict_json() -> None:
         "advice": "What to do.",
         "evidence": {"a": [[1, 0.5], [2, "nan"]], "b": [[3, "-inf"]]},
         "weights_suspect": False,
+        "severity": "stop",
     }
 
 
@@ -235,7 +236,7 @@ def test_evidence_has_nothing_that_was_not_read() -> None:
 @pytest.mark.parametrize("patience", [0, -1])
 def test_scaler_patience_below_one_is_an_error(patience: int) -> None:
     """The message names the argument, its value and the bound."""
-    with pytest.raises(ValueError, match=f"^scaler_patience={patience} must be a whole number, at least 1\\.$"):
+    with pytest.raises(ValueError, match=f"^scaler_patience={patience} must be a whole number, 1 or more\\.$"):
         NonFinite(scaler_patience=patience)
 
 
@@ -460,9 +461,9 @@ def test_the_verdict_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"patience": 0}, "patience=0 must be a whole number, at least 1."),
-        ({"window": -3}, "window=-3 must be a whole number, at least 1."),
-        ({"patience": "a"}, "patience='a' must be a whole number, at least 1."),
+        ({"patience": 0}, "patience=0 must be a whole number, 1 or more."),
+        ({"window": -3}, "window=-3 must be a whole number, 1 or more."),
+        ({"patience": "a"}, "patience='a' must be a whole number, 1 or more."),
         ({"k": 0.0}, "k=0.0 must be a number above 0; 6 is the default, less is stricter."),
         ({"k": math.nan}, "k=nan must be a number above 0; 6 is the default, less is stricter."),
         ({"min_rise": -1.0}, "min_rise=-1.0 must be a number, 0 or more; 0 turns it off."),

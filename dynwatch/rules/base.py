@@ -90,9 +90,7 @@ class Rule(ABC):
             notes: What is known in words about a reading, by its tag ("conv1.weight first, …").
         """
 
-    def verdict(
-        self, step: int, reason: str, advice: str, *evidence: Recent, weights_suspect: bool = False
-    ) -> Verdict:
+    def verdict(self, step: int, reason: str, advice: str, *evidence: Recent, weights_suspect: bool = False) -> Verdict:
         """A verdict in this rule's name, with the severity that its action asks for."""
         return Verdict(
             rule=self.name,
@@ -139,9 +137,14 @@ class Recent:
         return len(self._readings)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": [step for step, _ in self._readings], "values": [value for _, value in self._readings]}
+        return {
+            "tag": self.tag,
+            "steps": [step for step, _ in self._readings],
+            "values": [value for _, value in self._readings],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tag = state["tag"]
         self._readings = deque(zip(state["steps"], state["values"], strict=True), maxlen=self._readings.maxlen)
 
 
@@ -185,18 +188,29 @@ def check_count(argument: str, value: object, least: int = 1) -> int:
         20
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{argument}={value!r} must be a whole number, at least {least}.")
+        raise ValueError(f"{argument}={value!r} must be a whole number, {least} or more.")
     return value
 
 
-def check_number(argument: str, value: object, above: float, below: float = math.inf, remedy: str = "") -> float:
-    """Return a number strictly between two bounds, or raise a ValueError that says them.
+def check_number(
+    argument: str,
+    value: object,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    remedy: str = "",
+) -> float:
+    """Return a number within bounds, or raise a ValueError that says them.
 
     Example:
         >>> check_number("share", 0.5, above=0.0, below=1.0)
         0.5
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not above < value < below:
-        bounds = f"above {above:g}" + (f" and below {below:g}" if below < math.inf else "")
-        raise ValueError(f"{argument}={value!r} must be a number {bounds}{'; ' + remedy if remedy else ''}.")
-    return value
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not (above < value < below and value >= least):  # type: ignore[operator]
+        bounds = f" above {above:g}" * (above > -math.inf) + f", {least:g} or more" * (least > -math.inf)
+        bounds += f" and below {below:g}" * (below < math.inf)
+        kind = "a finite number" if value == math.inf else "a number"
+        text = f"{argument}={value!r} must be {kind}{bounds}"
+        raise ValueError(f"{text}; {remedy}." if remedy else f"{text}.")
+    return value  # type: ignore[return-value]

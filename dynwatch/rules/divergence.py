@@ -72,9 +72,7 @@ class Divergence(Rule):
         check_count("window", window)
         self.warm_up = check_count("warm_up", warm_up)
         self.k = check_number("k", k, above=0, remedy="6 is the default, less is stricter")
-        if min_rise != 0:
-            check_number("min_rise", min_rise, above=0, remedy="or 0, which turns it off")
-        self.min_rise = min_rise
+        self.min_rise = check_number("min_rise", min_rise, least=0, remedy="0 turns it off")
         self.action = check_action(action)
         self.limit = math.nan  # the band's upper end at the last loss; NaN while there is none
         self._first: list[float] = []

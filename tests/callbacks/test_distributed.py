@@ -268,9 +268,9 @@ def test_local_failure_between_collectives(fsdp: Launch, scenario: str) -> None:
 
 @pytest.mark.slow
 def test_local_failure_of_the_search_for_nan(fsdp: Launch) -> None:
-    """A search for non-finite entries that fails on rank 1 switches both monitors off on both ranks."""
+    """A search for non-finite entries that fails on rank 1 switches the monitors that search off on both ranks."""
     for result in fsdp["failing_search"]:
-        assert all(result["off"].values())
+        assert result["off"]["GradientNormMonitor"] and result["off"]["EarlyTermination"]
         assert result["steps"] == STEPS
 
 

@@ -133,7 +133,7 @@ trainer:
     )
     cli = build(pl, tmp_path, f"--config={config}")
     watch = the_watch(cli)
-    gradients, stop = watch.monitors
+    gradients, _, stop = watch.monitors
     assert isinstance(gradients, GradientNormMonitor) and isinstance(stop, EarlyTermination)
     assert (gradients.every_n_steps, gradients.norm_type, gradients.layers) == (3, float("inf"), ["net"])
     assert stop.min_steps == 7
