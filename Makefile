@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench zoo clean
 
 demo: .venv/installed  ## a healthy and a poor run on real digits, and where to look
 	$(BIN)/python examples/digits.py
@@ -17,6 +17,11 @@ check: .venv/installed  ## format, lint, types
 
 bench: .venv/installed  ## what is claimed about cost
 	$(BIN)/python benchmarks/gradient_norms.py
+	$(BIN)/python benchmarks/rule_cost.py
+
+zoo: .venv/installed  ## a zoo of real runs, and what the rules say of each (about a quarter of an hour)
+	$(BIN)/python benchmarks/runs/record.py
+	$(BIN)/python benchmarks/runs/judge.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -234,6 +234,8 @@ class Monitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.guarded(trainer, self.release)
         stream = Stream.of(trainer)
+        if not stream.members:  # raised after the teardown, or before a setup: nothing waits
+            stream.close(trainer)
         if stream.is_last(self):
             try:
                 with stream.stopwatch():

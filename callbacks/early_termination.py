@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,15 +12,16 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from dynwatch.callbacks.base import Monitor, check_cadence
-from dynwatch.callbacks.ending import check_exit_code, check_trial, ending, tell_outside
+from dynwatch.callbacks.ending import RaiseLast, check_exit_code, check_trial, ending, tell_outside
 from dynwatch.callbacks.loss_and_gradients import FIRST_BAD, LossAndGradients
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import StepGradients, gradient_scaler, gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
-from dynwatch.callbacks.records import print_verdicts, write_verdict
+from dynwatch.callbacks.records import describe_outcome, print_verdicts, record_verdict, with_circumstances
 from dynwatch.callbacks.run_context import RunContext
 from dynwatch.callbacks.stopping import StopHandle
 from dynwatch.callbacks.stream import Stream, logging_interval
+from dynwatch.callbacks.unseen import Unseen
 from dynwatch.gradients import combine_norms, find_nonfinite, tensor_norms
 from dynwatch.rules import (
     Action,
@@ -29,7 +29,6 @@ from dynwatch.rules import (
     NonFinite,
     Rule,
     Rulebook,
-    StopWhen,
     Verdict,
     apply_actions,
     default_rules,
@@ -120,6 +119,8 @@ class EarlyTermination(Monitor):
         self.check_every_n_steps = check_every_n_steps
         self.min_steps = min_steps
         self.final_validation = final_validation
+        if validation_loss is not None and not isinstance(validation_loss, str):
+            raise ValueError(f"validation_loss={validation_loss!r} must be the name of a metric that you log, or None.")
         self.validation_loss = validation_loss
         if on_stop is not None and not callable(on_stop):
             raise ValueError(f"on_stop={on_stop!r} must be a function of the trainer and the verdict.")
@@ -140,13 +141,14 @@ class EarlyTermination(Monitor):
         self.verdicts: list[tuple[Action, Verdict]] = []  # all that counted
         self._untold: list[tuple[Action, Verdict]] = []
         self._told_failures: set[str] = set()
+        self._rulebook.failed.clear()  # a rule that raised is off for the rest of its run only
         self._stop = StopHandle()
         self._ending: BaseException | None = None
         self._outcome = ""
         self._told_delay = False
         self._measured = LossAndGradients()
         self._context: RunContext | None = None
-        self._unseen = {tag for rule in self.rules for tag in rule.reads} if self._named_by_user else set()
+        self._unseen = Unseen(self.rules if self._named_by_user else (), self.validation_loss)
         self._discarded_at: int | None = None
         self._log_dir: str | None = None
         self._gradients_hidden: str | None = None
@@ -231,7 +233,8 @@ class EarlyTermination(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.guarded(trainer, self._emit_last, trainer, pl_module)
         super().on_train_end(trainer, pl_module)
-        self._tell_unseen()
+        if trainer.is_global_zero:
+            self._unseen.tell()
 
     def _emit_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last update has no next loss to show that it spoilt the weights, so they are looked at once."""
@@ -251,8 +254,7 @@ class EarlyTermination(Monitor):
         return readings
 
     def read(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Mapping[str, float]:
-        if self._unseen:
-            self._unseen = {tag for tag in self._unseen if not any(t.startswith(tag) for t in readings)}
+        self._unseen.look(readings)
         notes = {**notes, **self._measured.note(step, readings)}
         more: dict[str, float] = {}
         for rule, verdict in self._rulebook.update(step, readings, notes):
@@ -275,9 +277,9 @@ class EarlyTermination(Monitor):
                 log.warning("The rule %s is off for the rest of this run, because it raised %s.", name, why)
         untold, self._untold = self._untold, []
         for action, verdict in untold:
-            verdict = self._add_circumstances(trainer, verdict, "Learning rate")
+            verdict = with_circumstances(trainer, verdict, "Learning rate")
             self.verdicts.append((action, verdict))
-            self._record(trainer, action, verdict, None)
+            self._record(trainer, action, verdict)
         if not any(rule.action == "stop" for rule in self.rules):
             return
         # Every rank asks, also one whose rules failed.
@@ -304,10 +306,17 @@ class EarlyTermination(Monitor):
         # First of all the stop itself: what fails from here on, on one rank, no longer parts the ranks.
         kept = self._stop.stop(trainer, protect_checkpoints=verdict.weights_suspect, validate=self.final_validation)
         self._ending = ending(verdict, self.exit_code, self.trial)
-        verdict = self.verdict = self._add_circumstances(trainer, verdict, "Learning rate when it was stopped")
+        verdict = self.verdict = with_circumstances(trainer, verdict, "Learning rate when it was stopped")
         self.verdicts.append(("stop", verdict))
-        self._outcome = self._describe_outcome(verdict, kept)
-        self._record(trainer, "stop", verdict, kept)
+        self._outcome = describe_outcome(verdict, kept, self._discarded_at)
+        self._record(
+            trainer,
+            "stop",
+            verdict,
+            stopped_after_step=Stream.step(trainer),
+            update_discarded_at_step=self._discarded_at,
+            last_checkpoint=kept,
+        )
         if trainer.is_global_zero:
             tell_outside(trainer, verdict, self.on_stop, self.trial)
 
@@ -328,57 +337,17 @@ class EarlyTermination(Monitor):
         state = f"Weights are not finite: {found}." if found else "All weights are finite."
         return replace(verdict, reason=f"{verdict.reason} {state}", weights_suspect=found is not None)
 
-    @staticmethod
-    def _add_circumstances(trainer: Trainer, verdict: Verdict, rate: str) -> Verdict:
-        """Add what the advice should be read with: the learning rate, and whether gradients are clipped."""
-        rates = [f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g]
-        facts = [f"{rate}: {', '.join(dict.fromkeys(rates))}."] if rates else []
-        if trainer.gradient_clip_val:
-            facts.append(f"Gradients were clipped at {trainer.gradient_clip_val}.")
-        return replace(verdict, reason=" ".join([verdict.reason, *facts]))
-
-    def _describe_outcome(self, verdict: Verdict, checkpoint: str | None) -> str:
-        parts = []
-        if self._discarded_at is not None and not verdict.weights_suspect:
-            parts.append(f"The update of step {self._discarded_at} was thrown away: weights are those before it.")
-        if checkpoint:
-            parts.append(f"Last checkpoint: {checkpoint}")
-        return " ".join(parts) or "No checkpoint was saved before the stop."
-
-    def _record(self, trainer: Trainer, action: Action, verdict: Verdict, checkpoint: str | None) -> None:
-        if not trainer.is_global_zero:
-            return
-        record: dict[str, Any] = {"time": time.time(), "action": action, **verdict.to_dict()}
-        record["epoch"] = trainer.current_epoch
-        if action == "stop":
-            record["stopped_after_step"] = Stream.step(trainer)
-            record["update_discarded_at_step"] = self._discarded_at
-            record["last_checkpoint"] = checkpoint
-        write_verdict(trainer, self._log_dir, action, verdict, record, self._outcome if action == "stop" else "")
-
-    def _tell_unseen(self) -> None:
-        """A rule that the user chose and that had nothing to look at must not pass for one that was content."""
-        for rule in self.rules:
-            unseen = [tag for tag in rule.reads if tag in self._unseen]
-            if unseen and (len(unseen) == len(rule.reads) or isinstance(rule, StopWhen)):
-                log.warning(
-                    "The rule %s could not judge this run: nothing was logged or measured as %s. Metrics of "
-                    "training_step and of validation can be read by the name under which you log them.",
-                    rule.name,
-                    ", ".join(unseen),
-                )
-        self._unseen = set()
+    def _record(self, trainer: Trainer, action: Action, verdict: Verdict, **more: Any) -> None:
+        if trainer.is_global_zero:
+            record_verdict(trainer, self._log_dir, action, verdict, self._outcome if action == "stop" else "", **more)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raised, self._ending = self._ending, None
+        if raised is not None:
+            trainer.callbacks.append(RaiseLast(raised))  # type: ignore[attr-defined]
         # Only now: before, they would stand in the middle of the progress bar.
         if self.prints and trainer.is_global_zero:
             print_verdicts(self.verdicts, self._outcome)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        raised, self._ending = self._ending, None
-        if stage == "fit" and raised is not None:
-            raise raised
 
     def release(self) -> None:
         self._stop.release()

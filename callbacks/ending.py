@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.rules import Verdict
 
 log = logging.getLogger("dynwatch")
@@ -49,6 +50,22 @@ def ending(verdict: Verdict, exit_code: int | None, trial: Any) -> BaseException
         pruned: BaseException = optuna.TrialPruned(f"dynwatch: {verdict.rule} at step {verdict.step}: {verdict.reason}")
         return pruned
     return SystemExit(exit_code) if exit_code is not None else None
+
+
+class RaiseLast(Callback):
+    """Raises when all else is torn down; for the end of a trainer's list of callbacks, which it leaves then."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+        pl_module.teardown(stage)  # what Lightning would do next
+        raise self._error
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        trainer.callbacks.remove(self)  # type: ignore[attr-defined]  # another callback's teardown raised
 
 
 def tell_outside(trainer: Any, verdict: Verdict, on_stop: Callable[[Any, Verdict], None] | None, trial: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -17,10 +18,15 @@ class IdleParameters:
     """
 
     def __init__(self, module: Module) -> None:
-        trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self._left = {id(p): (name, p.numel()) for name, p in trainable}
-        self._entries = sum(size for _, size in self._left.values())
-        self.told = not self._left
+        self.told = False
+        self._module = module
+
+    @functools.cached_property
+    def _left(self) -> dict[int, tuple[str, int]]:
+        # Not before the first step: after a validation pass FSDP2 shows other tensors than the optimizer holds.
+        found = {id(p): (name, p.numel()) for name, p in self._module.named_parameters() if p.requires_grad}
+        self._entries = sum(size for _, size in found.values())
+        return found
 
     def moved(self, parameters: Iterable[Parameter | Tensor]) -> None:
         """Note what an optimizer is about to move."""
@@ -31,7 +37,8 @@ class IdleParameters:
     @property
     def share(self) -> float:
         """Share of all trainable entries that were never moved."""
-        return sum(size for _, size in self._left.values()) / self._entries if self._entries else 0.0
+        left = sum(size for _, size in self._left.values())
+        return left / self._entries if left else 0.0
 
     @property
     def where(self) -> str:

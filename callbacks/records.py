@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def append_record(folder: str | None, record: dict[str, Any]) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -46,10 +48,45 @@ def append_record(folder: str | None, record: dict[str, Any]) -> Path | None:
     return path
 
 
-def write_verdict(
+def with_circumstances(trainer: Trainer, verdict: Verdict, rate: str) -> Verdict:
+    """Add to a verdict what its advice should be read with: the learning rate, and whether gradients are clipped."""
+    rates = [f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g]
+    facts = [f"{rate}: {', '.join(dict.fromkeys(rates))}."] if rates else []
+    if trainer.gradient_clip_val:
+        facts.append(f"Gradients were clipped at {trainer.gradient_clip_val}.")
+    return replace(verdict, reason=" ".join([verdict.reason, *facts]))
+
+
+def describe_outcome(verdict: Verdict, checkpoint: str | None, discarded_at: int | None) -> str:
+    """What a stop has left behind, in words."""
+    parts = []
+    if discarded_at is not None and not verdict.weights_suspect:
+        parts.append(f"The update of step {discarded_at} was thrown away: weights are those before it.")
+    if checkpoint:
+        parts.append(f"Last checkpoint: {checkpoint}")
+    return " ".join(parts) or "No checkpoint was saved before the stop."
+
+
+def record_verdict(
+    trainer: Trainer, folder: str | None, action: Action, verdict: Verdict, outcome: str, **more: Any
+) -> None:
+    """Write a verdict to the Python log, to `dynwatch.jsonl` with `more` beside it, and to TensorBoard."""
+    try:
+        record = {"time": time.time(), "action": action, **verdict.to_dict(), "epoch": trainer.current_epoch, **more}
+        _write(trainer, folder, action, verdict, record, outcome)
+    except Exception as error:  # numbers of a user's own rule that JSON does not know; the other ranks go on
+        log.warning(
+            "The verdict of %s could not be recorded: %s: %s. It says: %s",
+            verdict.rule,
+            type(error).__name__,
+            error,
+            verdict.reason,
+        )
+
+
+def _write(
     trainer: Trainer, folder: str | None, action: Action, verdict: Verdict, record: dict[str, Any], outcome: str
 ) -> None:
-    """Write a verdict to the Python log, to `dynwatch.jsonl` and to TensorBoard."""
     what = {"stop": "ends this run", "warn": "warns", "shadow": "would have ended this run (shadow)"}[action]
     level = logging.INFO if action == "shadow" else logging.WARNING
     log.log(level, "dynwatch %s (%s): %s %s", what, verdict.rule, verdict.reason, verdict.advice)

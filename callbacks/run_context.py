@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.idle_parameters import IdleParameters
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
+from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.schedule import PlannedRates, spent_share
 from dynwatch.callbacks.stream import Stream, logging_interval
 from dynwatch.callbacks.user_metrics import UserMetrics
@@ -40,6 +41,7 @@ class RunContext:
         self._validation_loss = validation_loss
         self._rates = PlannedRates(trainer, pl_module)
         self._idle = IdleParameters(pl_module)
+        self._idle.told = gradients_out_of_reach(trainer) is not None  # what moves cannot be told then
         self._lr: list[float | Tensor] = []
 
     def before_step(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -68,12 +70,15 @@ class RunContext:
             notes = {tags.IDLE: self._idle.where} if share else {}
             stream.emit(source, step, [tags.IDLE], torch.tensor([share]), notes=notes)
         if self._metrics.names:
-            self._emit_metrics(source, trainer, self._metrics.of_step(trainer), self._metrics.names)
+            found = self._metrics.of_step(trainer)
+            self._emit_metrics(source, trainer, step, found, self._metrics.names)
 
     def emit_epoch(self, source: Monitor, trainer: Trainer) -> None:
         """When a training epoch is over and its metrics are computed."""
         if self._metrics.names:
-            self._emit_metrics(source, trainer, self._metrics.of_epoch(trainer), self._metrics.names)
+            # Lightning logs them at the epoch's last step.
+            step = max(Stream.step(trainer) - 1, 0)
+            self._emit_metrics(source, trainer, step, self._metrics.of_epoch(trainer), self._metrics.names)
 
     def emit_validation(self, source: Monitor, trainer: Trainer) -> None:
         """When a validation pass is over; every rank must call this."""
@@ -86,11 +91,13 @@ class RunContext:
                 if value is not None:
                     found[tags.VAL_LOSS] = value
         if names:
-            self._emit_metrics(source, trainer, found, names)
+            self._emit_metrics(source, trainer, Stream.step(trainer), found, names)
 
     @staticmethod
-    def _emit_metrics(source: Monitor, trainer: Trainer, found: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        stream, step = Stream.of(trainer), Stream.step(trainer)
+    def _emit_metrics(
+        source: Monitor, trainer: Trainer, step: int, found: Mapping[str, Tensor], names: Iterable[str]
+    ) -> None:
+        stream = Stream.of(trainer)
         # A metric that is logged on one rank only must not part the ranks: all emit all names, with a count.
         kept = list(names) if trainer.world_size > 1 else [name for name in names if name in found]
         kept = [name for name in kept if name not in stream.series]  # dynwatch's own, seen through Lightning

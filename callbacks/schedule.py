@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
@@ -36,6 +39,43 @@ def spent_share(trainer: Trainer) -> float | None:
     return min(max(shares), 1.0) if shares else None
 
 
+class SchedulerSteps:
+    """How often Lightning steps a schedule.
+
+    That is after an epoch, or after an optimizer step, if the number of epochs, or of batches in this epoch, is a
+    multiple of the schedule's `frequency`.
+    """
+
+    def __init__(self, trainer: Trainer, by_epoch: bool, frequency: int) -> None:
+        self._by_epoch, self._frequency = by_epoch, frequency
+        self._batches, self._window = trainer.num_training_batches, trainer.accumulate_grad_batches
+        known = 0 < self._batches < math.inf
+        self._per_epoch = math.ceil(self._batches / self._window) if known else 0  # optimizer steps; 0: not known
+
+    def taken(self, step: int, epoch: int) -> int:
+        """How often before the update of this optimizer step in this epoch, both counted from 0."""
+        if self._by_epoch:
+            return epoch // self._frequency
+        every = self._frequency // math.gcd(self._frequency, self._window)  # optimizer steps
+        if not self._per_epoch:
+            return step // every
+        epochs, rest = divmod(step, self._per_epoch)
+        whole = self._per_epoch // every
+        if self._batches % self._window:  # the last window is shorter
+            whole = (self._per_epoch - 1) // every + (self._batches % self._frequency == 0)
+        return int(epochs * whole + rest // every)
+
+    def planned(self, trainer: Trainer) -> int | None:
+        """How often in the whole run; None without a planned end."""
+        ends = []
+        if trainer.max_epochs and trainer.max_epochs > 0 and (self._by_epoch or self._per_epoch):
+            ends.append(self.taken(trainer.max_epochs * self._per_epoch, trainer.max_epochs))
+        if trainer.max_steps > 0:
+            # Without a known length each step may end an epoch.
+            ends.append(self.taken(trainer.max_steps, trainer.max_steps // max(self._per_epoch, 1)))
+        return min(ends, default=None)
+
+
 class PlannedRates:
     """The lowest learning rate still to come, from trying out copies of the run's schedulers.
 
@@ -44,8 +84,7 @@ class PlannedRates:
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = (Stream.step(trainer), trainer.current_epoch)
-        self._plans: list[tuple[bool, int, list[float]]] = []  # by epoch?, frequency, lowest from each point on
+        self._plans: list[tuple[SchedulerSteps, int, list[float]]] = []  # taken before, lowest from each one on
         self._lowest_by_plateau: float | None = None
         self._unknown = False
         known = {id(thing): thing for thing in (trainer, pl_module)}
@@ -54,41 +93,28 @@ class PlannedRates:
             if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
                 self._lowest_by_plateau = max(self._lowest_by_plateau or 0.0, *map(float, scheduler.min_lrs))
                 continue
-            by_epoch = config.interval == "epoch"
-            rates = None
+            steps, rates = SchedulerSteps(trainer, config.interval == "epoch", config.frequency), None
+            # A checkpoint of within a batch end has not counted that batch yet, except as a global step.
+            taken = steps.taken(trainer.global_step, trainer.current_epoch)
             try:
-                count = self._steps_to_come(trainer, by_epoch) if pl_module.automatic_optimization else None
-                if count is not None:
-                    rates = rates_to_come(scheduler, math.ceil(count / config.frequency), known)
+                planned = steps.planned(trainer) if pl_module.automatic_optimization else None
+                if planned is not None:
+                    with _generators_kept():  # a function of the user's may draw
+                        rates = rates_to_come(scheduler, max(planned - taken, 0), known)
             except Exception as error:
                 log.debug("A copy of %s could not be stepped: %s", type(scheduler).__name__, error)
             if rates is None:
                 self._unknown = True
             else:
                 lowest = list(accumulate(reversed(rates), min))[::-1]
-                self._plans.append((by_epoch, config.frequency, lowest))
-
-    @staticmethod
-    def _steps_to_come(trainer: Trainer, by_epoch: bool) -> int | None:
-        """Scheduler intervals left in the budget; None without a planned end."""
-        share = spent_share(trainer) if trainer.global_step else 0.0
-        batches = trainer.num_training_batches
-        planned = []
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            per_epoch = 1.0 if by_epoch else math.ceil(batches / trainer.accumulate_grad_batches)
-            planned.append(trainer.max_epochs * per_epoch)
-        if trainer.max_steps > 0:
-            per_interval = math.ceil(batches / trainer.accumulate_grad_batches) if by_epoch else 1
-            planned.append(trainer.max_steps / per_interval)
-        left = min(planned, default=math.inf) * (1 - (share or 0.0))
-        return math.ceil(left) if left < math.inf else None
+                self._plans.append((steps, taken, lowest))
 
     def lowest(self, trainer: Trainer, now: float) -> float:
         """The lowest rate from this step to the end of the run, given the rate now."""
         if self._unknown:
             return 0.0
-        step, epoch = Stream.step(trainer) - self._start[0], trainer.current_epoch - self._start[1]
-        lows = [low[min((epoch if by_epoch else step) // every, len(low) - 1)] for by_epoch, every, low in self._plans]
+        at = (Stream.step(trainer), trainer.current_epoch)
+        lows = [low[min(max(steps.taken(*at) - before, 0), len(low) - 1)] for steps, before, low in self._plans]
         if self._lowest_by_plateau is not None:
             lows.append(self._lowest_by_plateau)
         return min(max(lows, default=now), now)
@@ -136,6 +162,17 @@ def rates_to_come(scheduler: Any, count: int, known: dict[int, Any]) -> list[flo
                 break
             rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
     return rates
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def _is_torchs(scheduler: Any) -> bool:

@@ -57,6 +57,7 @@ class Stream:
         self._pending: list[Entry] = []
         self._broken_loggers: set[int] = set()
         self._own_seconds = 0.0
+        self._overhead_at = -1
         self._measuring = False
         self._started = time.perf_counter()
 
@@ -216,7 +217,8 @@ class Stream:
         if not logging_step and not verdict:
             hidden = hidden | sparse
         shown = {tag: value for tag, value in readings.items() if tag not in hidden}
-        if logging_step:
+        if logging_step and step > self._overhead_at:  # not again for what comes later, as after validation
+            self._overhead_at = step
             shown[OVERHEAD] = self.overhead()
         return shown
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ class UserMetrics:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
         self._by_step: set[str] = set()
+        self._last_of_step: dict[str, Any] = {}  # weak references: a value may hold a graph
         self._seen: dict[str, Tensor] = {}
 
     def of_step(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -32,7 +35,11 @@ class UserMetrics:
             # The cached value of the batch: asking for an epoch's value would compute the user's metric early.
             value = results._get_cache(metric, on_step=True) if names else None
             if isinstance(value, Tensor) and value.numel() == 1:
-                found.update(dict.fromkeys(names, value))
+                # Not logged for this batch, a metric still has its value of an earlier one: the same tensor.
+                last, held = self._last_of_step.get(names[0]), metric._forward_cache
+                if last is None or last() is not held:
+                    self._last_of_step[names[0]] = weakref.ref(held)
+                    found.update(dict.fromkeys(names, value))
         self._by_step.update(found)
         return found
 

@@ -30,7 +30,7 @@ def units_that_fired(output: Tensor, most: int = 256) -> Tensor:
     if output.dim() == 0:
         output = output.reshape(1)
     by_unit = output.detach().movedim(1 if output.dim() >= 4 else -1, 0)
-    stride = -(-by_unit.shape[0] // most)
+    stride = max(-(-by_unit.shape[0] // most), 1)
     by_unit = by_unit[::stride].flatten(1) if output.dim() > 1 else by_unit[::stride, None]
     return (by_unit > 0).any(1)
 

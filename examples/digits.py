@@ -1,7 +1,8 @@
-"""The main job on real data: a healthy run and a poor one, both under DynWatch.
+"""The main job on real data: a healthy run and two poor ones, all under DynWatch.
 
-Two small CNNs learn handwritten digits (1797 images that scikit-learn ships). The first has a sensible
-learning rate and finishes. The second has one that diverges: dynwatch ends it and says why.
+Small CNNs learn handwritten digits (1797 images that scikit-learn ships). The first has a sensible
+learning rate and finishes. The second has one that diverges: dynwatch ends it and says why. In the third
+the optimizer was not given the convolutions: dynwatch warns. Then the rules are replayed over all three logs.
 
     python examples/digits.py [--logdir logs/digits]
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynwatch.callbacks import DynWatch, GradientNormMonitor
+from dynwatch.rules import StopWhen, default_rules, replay
 
 EPOCHS = 12
 
@@ -28,9 +30,10 @@ EPOCHS = 12
 class DigitsCNN(pl.LightningModule):
     """Two convolutions and a linear head on 8 x 8 images."""
 
-    def __init__(self, lr: float) -> None:
+    def __init__(self, lr: float, forgetful: bool = False) -> None:
         super().__init__()
         self.lr = lr
+        self.forgetful = forgetful  # train the head alone, as happens by mistake
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.LeakyReLU(0.1))
         self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2))
         self.head = nn.Linear(32 * 4 * 4, 10)
@@ -49,7 +52,8 @@ class DigitsCNN(pl.LightningModule):
         self.log("val_accuracy", (self(x).argmax(1) == y).float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        trained = self.head if self.forgetful else self
+        return torch.optim.SGD(trained.parameters(), lr=self.lr, momentum=0.9)
 
 
 def loaders(seed: int = 0) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
@@ -65,8 +69,7 @@ def loaders(seed: int = 0) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[t
     )
 
 
-def train(name: str, lr: float, logdir: Path) -> pl.Trainer:
-    pl.seed_everything(0, verbose=False)
+def train(name: str, model: pl.LightningModule, logdir: Path) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -78,7 +81,7 @@ def train(name: str, lr: float, logdir: Path) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(DigitsCNN(lr), *loaders())
+    trainer.fit(model, *loaders())
     return trainer
 
 
@@ -92,14 +95,24 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
     print("\n== 1. A healthy run: SGD, learning rate 0.05 ==\n")
-    healthy = train("healthy", 0.05, logdir)
+    pl.seed_everything(0, verbose=False)
+    healthy = train("healthy", DigitsCNN(lr=0.05), logdir)
     print(f"\nValidation accuracy {healthy.callback_metrics['val_accuracy']:.3f} after {healthy.global_step} steps.")
 
     print("\n== 2. A poor run: the same, learning rate 3 ==\n")
-    poor = train("poor", 3.0, logdir)
+    pl.seed_everything(0, verbose=False)
+    poor = train("poor", DigitsCNN(lr=3.0), logdir)
     planned = EPOCHS * 30
     print(f"\nEnded after {poor.global_step} of {planned} steps.")
-    print(f"\nLogs of both runs: {logdir.resolve()}")
+
+    print("\n== 3. A forgetful run: the optimizer was given the head alone ==\n")
+    pl.seed_everything(0, verbose=False)
+    train("forgetful", DigitsCNN(lr=0.05, forgetful=True), logdir)
+
+    print("\n== 4. What the rules say of the three logs, without training ==\n")
+    own = StopWhen("stop/loss > 5 for 3 readings", advice="A loss of digits above 5 is worse than guessing.")
+    replay(logdir, [*default_rules(), own], planned_steps=planned).print()
+    print(f"\nLogs of the runs: {logdir.resolve()}")
 
 
 if __name__ == "__main__":

@@ -87,9 +87,14 @@ def samples() -> tuple[Tensor, Tensor]:
 class Recorder(Logger):
     """Keeps what this rank logs; Lightning's own loggers write on the first rank only."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
+        self.folder = folder
         self.readings: dict[str, dict[int, float]] = {}
+
+    @property
+    def save_dir(self) -> str | None:
+        return str(self.folder) if self.folder else None
 
     @property
     def name(self) -> str:
@@ -130,15 +135,22 @@ def _digest(module: nn.Module, trainer: pl.Trainer) -> str:
 
 
 def fit(
-    callbacks: list[Any], strategy: str = "ddp", module: Net | None = None, rank_batch: int = 4, **settings: Any
+    callbacks: list[Any],
+    strategy: str = "ddp",
+    module: Net | None = None,
+    rank_batch: int = 4,
+    folder: Path | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train for one epoch and return what there is to compare, as primitives.
 
-    `strategy` is "ddp" or "fsdp" for two ranks, "single" for one process.
+    `strategy` is "ddp", "ddp_unused" (some parameters get no gradient) or "fsdp" for two ranks, "single" for one
+    process; `folder` is the log folder.
     """
     strategies: dict[str, dict[str, Any]] = {
         "single": {"devices": 1},
         "ddp": {"devices": 2, "strategy": "ddp"},
+        "ddp_unused": {"devices": 2, "strategy": "ddp_find_unused_parameters_true"},
         "fsdp": {
             "devices": 2,
             "strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -146,7 +158,7 @@ def fit(
             else None,
         },
     }
-    recorder, weights = Recorder(), Weights()
+    recorder, weights = Recorder(folder), Weights()
     trainer = pl.Trainer(
         **{
             "accelerator": "cpu",

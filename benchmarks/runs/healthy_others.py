@@ -13,7 +13,7 @@ from tasks import diabetes, digits, linear, ring, waves
 from torch import Tensor, nn
 from torch.nn import functional
 
-DIABETES = Goal("val_loss", at_most=0.75)  # of a variance of 1; the best that is known reaches about 0.5
+DIABETES = Goal("val_loss", at_most=0.75)  # of a variance of 1; a linear model reaches about 0.5
 PIXELS = Goal("val_loss", at_most=0.035)  # the mean image has 0.073
 GAN = Goal("val_loss", at_most=0.2)  # 0.6 at first
 BANDIT = Goal("val_reward", at_least=0.7)  # 0.1 at first
@@ -31,11 +31,11 @@ def smooth_regression(seed: int) -> Run:
 
 
 @healthy(
-    "Only 8 % of the variance can be known, and it is found: the loss hardly falls.", Goal("val_loss", at_most=0.96)
+    "Only 15 % of the variance can be known, and it is found: the loss hardly falls.", Goal("val_loss", at_most=0.93)
 )
 def weak_signal(seed: int) -> Run:
     module = Learner(mlp(20, 1), regress, sgd(2e-3))
-    return Run(module, *linear(seed, 16000, signal=0.08).loaders(32, seed), epochs=1)
+    return Run(module, *linear(seed, 16000, signal=0.15).loaders(32, seed), epochs=1)
 
 
 @healthy("Rows sorted by difficulty: the loss rises while the model gets better.", Goal("val_loss", at_most=0.1))
@@ -95,7 +95,7 @@ def diffusion(seed: int) -> Run:
     return Run(Denoiser(adam(3e-3)), *ring(seed, 30000).loaders(64, seed), epochs=1)
 
 
-@healthy("Pairs of noisy views of digits are to find each other.", Goal("val_accuracy", at_least=0.5))
+@healthy("Pairs of noisy views of digits are to find each other.", Goal("val_accuracy", at_least=0.4))
 def contrastive(seed: int) -> Run:
     return Run(Contrastive(adamw(2e-3)), *digits(seed).loaders(100, seed), epochs=24)
 

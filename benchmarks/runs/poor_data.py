@@ -12,7 +12,7 @@ from models import Transformer, cnn, mlp
 from tasks import cancer, diabetes, digits, text, waves
 from torch import Tensor
 
-SMALL_DIGITS = Goal("val_loss", at_most=1.0)  # what a small regularised network reaches with 60 rows
+BETTER_THAN_CHANCE = Goal("val_loss", at_most=2.3)  # log(10), which saying nothing has
 
 
 @poor("Labels drawn anew in each batch.", DIGITS)
@@ -42,10 +42,10 @@ def learnt_by_heart(seed: int) -> Run:
     return Run(module, *digits(seed, 300).change(draw).loaders(30, seed), epochs=48)
 
 
-@poor("Sixty rows and a large network: the validation loss rises for most of the run.", SMALL_DIGITS)
+@poor("Sixty rows and a large network: the validation loss rises for most of the run.", BETTER_THAN_CHANCE)
 def overfitting(seed: int) -> Run:
     def noisy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x + 0.5 * torch.randn_like(x), y
+        return x + 0.55 * torch.randn_like(x), y
 
     module = Learner(mlp(64, 512, 512, 10), classify, adam(2e-3))
     return Run(module, *digits(seed, 60).change_both(noisy).loaders(20, seed), epochs=128)

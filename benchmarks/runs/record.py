@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynwatch.callbacks import DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor
 from dynwatch.rules import Rule
 
 # One step: its number, its readings, and what is known of them in words.
@@ -106,7 +106,12 @@ def train(kind: Kind, seed: int, folder: Path) -> Recorded:
     run = kind.build(seed)
     recorder, validations = Recorder(), Validations()
     stop = EarlyTermination(rules=[recorder])
-    watch = DynWatch(GradientNormMonitor(every_n_steps=5, update_ratio_every_n_steps=10), stop, report=False)
+    watch = DynWatch(
+        GradientNormMonitor(every_n_steps=5, update_ratio_every_n_steps=10),
+        stop,
+        report=False,
+        activations=ActivationMonitor(every_n_steps=10),
+    )
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

@@ -123,7 +123,7 @@ def waves(seed: int, n_train: int = 2000, noise: float = 0.1) -> Split:
 def linear(seed: int, n_train: int, signal: float, width: int = 20) -> Split:
     """A linear function of which the share `signal` of the variance can be known; all variances are 1."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(n_train + 1000, width, generator=draw)
+    x = torch.randn(n_train + 4000, width, generator=draw)
     direction = torch.randn(width, 1, generator=draw)
     noise = torch.randn(len(x), 1, generator=draw)
     return split((x, signal**0.5 * x @ (direction / direction.norm()) + (1 - signal) ** 0.5 * noise), n_train, seed)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 # What is done about a verdict: end the run, only say so, or only note that it would have ended.
 Action = Literal["stop", "warn", "shadow"]
@@ -146,6 +146,20 @@ class Recent:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tag = state["tag"]
         self._readings = deque(zip(state["steps"], state["values"], strict=True), maxlen=self._readings.maxlen)
+
+
+_Known = TypeVar("_Known", float, "float | None")
+
+
+def newest(readings: Mapping[str, float], tag: str, before: _Known) -> float | _Known:
+    """A tag's reading if it is new and finite, else what was known before.
+
+    Example:
+        >>> newest({"stop/lr": math.nan}, "stop/lr", 0.1)
+        0.1
+    """
+    value = readings.get(tag, math.nan)
+    return value if math.isfinite(value) else before
 
 
 def _to_primitives(value: Any) -> Any:

@@ -6,7 +6,20 @@ import math
 from collections.abc import Mapping
 
 from dynwatch.rules import tags
-from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.rules.base import (
+    EVIDENCE_LENGTH,
+    Action,
+    Recent,
+    Rule,
+    Verdict,
+    check_action,
+    check_count,
+    check_number,
+    newest,
+)
+
+# A sign that was seen for long enough: its own name, the tag that shows it, and what it says.
+_Sign = tuple[str, str, str]
 
 
 class DeadLayers(Rule):
@@ -45,7 +58,7 @@ class DeadLayers(Rule):
 
     name = "dead_layers"
     reads = (tags.UPDATE_RATIO, tags.GRADIENT_BY_LAYER, tags.DEAD_UNITS, tags.IDLE, tags.PROGRESS)
-    kept = ("_counts", "_progress", "_recent")
+    kept = ("_counts", "_values", "_progress")
     _OTHERS_MOVE, _NONE_MOVES, _LATE = 1e3, 1e-2, 0.95
 
     def __init__(
@@ -62,11 +75,11 @@ class DeadLayers(Rule):
         self.idle = check_number("idle", idle, above=0, below=1)
         self.action = check_action(action)
         self._counts: dict[str, int] = {}  # readings in a row, by sign and layer
-        self._progress = 0.0
-        self._recent = Recent("")
+        self._values: dict[str, list[tuple[int, float]]] = {}  # the last of these
+        self._step, self._progress = 0, 0.0
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
-        self._progress = readings.get(tags.PROGRESS, self._progress)
+        self._step, self._progress = step, newest(readings, tags.PROGRESS, self._progress)
         groups: dict[str, dict[str, float]] = {}
         for tag, value in readings.items():
             # Few steps have any of these, and most tags are told apart by their first letter.
@@ -77,18 +90,18 @@ class DeadLayers(Rule):
         found = self._still(groups.get(tags.UPDATE_RATIO, {})) or []
         found += self._without_gradient(groups.get(tags.GRADIENT_BY_LAYER, {}))
         found += self._dead_units(groups.get(tags.DEAD_UNITS, {}))
-        if tags.IDLE in readings:
+        if math.isfinite(readings.get(tags.IDLE, math.nan)):
             value = readings[tags.IDLE]
-            if self._long_enough("idle", value > self.idle):
+            if self._long_enough(tags.IDLE, value, value > self.idle):
                 where = notes.get(tags.IDLE)
                 what = f"{value:.0%} of the trainable parameters have never been moved by an optimizer"
-                found.append((tags.IDLE, value, f"{what}{f' ({where})' if where else ''}"))
+                found.append((tags.IDLE, tags.IDLE, f"{what}{f' ({where})' if where else ''}"))
         if not found:
             return None
-        tag, value, what = found[0]
-        if self._recent.tag != tag:
-            self._recent = Recent(tag)
-        self._recent.add(step, value)
+        sign, tag, what = found[0]
+        recent = Recent(tag)
+        for at, value in self._values[sign]:
+            recent.add(at, value)
         more = f" Signs of this kind: {len(found)} layers." if len(found) > 1 else ""
         return self.verdict(
             step,
@@ -96,46 +109,48 @@ class DeadLayers(Rule):
             "If the layer was meant to be frozen, set requires_grad=False on its parameters. Else look for a detach() "
             "or no_grad() on its way, for parameters that the optimizer was not given, for ReLU units pushed below "
             "zero by a large learning rate or bias, and for a learning rate of zero.",
-            self._recent,
+            recent,
         )
 
-    def _still(self, ratios: Mapping[str, float]) -> list[tuple[str, float, str]]:
+    def _still(self, ratios: Mapping[str, float]) -> list[_Sign]:
         if not ratios:
             return []
         fastest = max(ratios.values())
         others_move = fastest >= self._OTHERS_MOVE * self.min_ratio
         found = [
-            (tag, ratio, f"Layer {_layer(tag)} stands still: its updates are {ratio:.2g} times its weights")
+            (tag, tag, f"Layer {_layer(tag)} stands still: its updates are {ratio:.2g} times its weights")
             for tag, ratio in ratios.items()
-            if self._long_enough(tag, ratio < self.min_ratio and others_move)
+            if self._long_enough(tag, ratio, ratio < self.min_ratio and others_move)
         ]
         none_moves = fastest < self._NONE_MOVES * self.min_ratio and self._progress < self._LATE
-        if self._long_enough("none moves", none_moves):
-            tag = next(iter(ratios))
-            found.append((tag, fastest, f"No layer moves: updates are at most {fastest:.2g} times the weights"))
+        if self._long_enough("none moves", fastest, none_moves):
+            tag = max(ratios, key=lambda tag: ratios[tag])
+            found.append(("none moves", tag, f"No layer moves: updates are at most {fastest:.2g} times the weights"))
         return found
 
-    def _without_gradient(self, norms: Mapping[str, float]) -> list[tuple[str, float, str]]:
+    def _without_gradient(self, norms: Mapping[str, float]) -> list[_Sign]:
         others = any(norms.values())
         return [
-            (tag, norm, f"Layer {_layer(tag)} gets no gradient: its norm is exactly 0")
+            (tag, tag, f"Layer {_layer(tag)} gets no gradient: its norm is exactly 0")
             for tag, norm in norms.items()
-            if self._long_enough(tag, norm == 0 and others)
+            if self._long_enough(tag, norm, norm == 0 and others)
         ]
 
-    def _dead_units(self, shares: Mapping[str, float]) -> list[tuple[str, float, str]]:
+    def _dead_units(self, shares: Mapping[str, float]) -> list[_Sign]:
         return [
-            (tag, share, f"{share:.0%} of the ReLU units of {_layer(tag)} do not fire any more")
+            (tag, tag, f"{share:.0%} of the ReLU units of {_layer(tag)} do not fire any more")
             for tag, share in shares.items()
-            if self._long_enough(tag, share > self.dead_units)
+            if self._long_enough(tag, share, share > self.dead_units)
         ]
 
-    def _long_enough(self, sign: str, seen: bool) -> bool:
+    def _long_enough(self, sign: str, value: float, seen: bool) -> bool:
         """Count a sign; whether it has been seen `patience` times in a row."""
         if not seen:
-            self._counts.pop(sign, None)
+            if sign in self._counts:
+                del self._counts[sign], self._values[sign]
             return False
         self._counts[sign] = self._counts.get(sign, 0) + 1
+        self._values[sign] = [*self._values.get(sign, ())[-EVIDENCE_LENGTH + 1 :], (self._step, value)]
         return self._counts[sign] >= self.patience
 
 

@@ -86,7 +86,7 @@ class LossSpike(Rule):
         return self.verdict(
             step,
             f"The loss has been above {limit:.4g} for {self.patience} steps and is {loss:.4g} at step {step}; "
-            f"it had come down from {start:.4g} to {self._best:.4g} and does not recover.",
+            f"it began at {start:.4g}, had reached {self._best:.4g} and does not come back.",
             "Resume from a checkpoint of before the jump with a lower learning rate or clipped gradients, and look at "
             "the data of the steps where it began; if you changed the loss or the data there, all is well.",
             self._recent,

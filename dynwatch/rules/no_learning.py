@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 
 from dynwatch.rules import tags
-from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number, newest
 from dynwatch.trends import RobustWindow, RunMeans, mann_kendall
 
 
@@ -16,14 +16,15 @@ class NoLearning(Rule):
     r"""After a share of the budget the loss is still where it started.
 
     The losses so far are averaged in 16 to 32 blocks, and best is the lowest mean of two neighbouring ones. With
-    start the median of the first five losses and σ the robust scatter of the last 50, the loss cannot be told from its
-    start if
+    start the median of the first five losses, or of the first three blocks where that is higher, and σ the robust
+    scatter of the last 50, the loss cannot be told from its start if
 
     * the blocks have no falling trend (Mann-Kendall z above −2.33, one sided 1 %) and best is less than 1.5 σ
       below the start, or
     * whatever the trend, best is less than 0.1 σ, or less than 0.5 % of the start, below it.
 
-    A run that has learnt and forgotten is not meant; that is `LossSpike`'s business.
+    Once it can be told, or earlier if the trend is very clear (z below −4), the run is left alone for good: one that
+    has learnt and forgotten is `LossSpike`'s business.
 
     Args:
         share: Share of the budget after which it asks, in (0, 1).
@@ -46,8 +47,8 @@ class NoLearning(Rule):
 
     name = "no_learning"
     reads = (tags.LOSS, tags.PROGRESS)
-    kept = ("_first", "_means", "_scatter", "_progress", "_recent")
-    _NO_TREND, _NOISE, _OF_SCATTER, _OF_START, _BEGIN = -2.33, 1.5, 0.1, 0.005, 5
+    kept = ("_first", "_means", "_scatter", "_progress", "_learnt", "_recent")
+    _NO_TREND, _CLEAR_TREND, _NOISE, _OF_SCATTER, _OF_START, _BEGIN = -2.33, -4.0, 1.5, 0.1, 0.005, 5
 
     def __init__(
         self, share: float = 0.25, min_readings: int = 50, without_budget: int = 2000, action: Action = "warn"
@@ -60,10 +61,11 @@ class NoLearning(Rule):
         self._means = RunMeans(32)
         self._scatter = RobustWindow(50)
         self._progress: float | None = None
+        self._learnt = False
         self._recent = Recent(tags.LOSS)
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
-        self._progress = readings.get(tags.PROGRESS, self._progress)
+        self._progress = newest(readings, tags.PROGRESS, self._progress)
         loss = readings.get(tags.LOSS)
         if loss is None:
             return None
@@ -73,15 +75,18 @@ class NoLearning(Rule):
         if len(self._first) < self._BEGIN:
             self._first.append(loss)
         self._scatter.add(loss)
-        if not self._means.add(loss) or not self._asks():
+        if not self._means.add(loss) or self._learnt or len(self._means) < 16:
             return None
         blocks = self._means.blocks
-        start, sigma = median(self._first), self._scatter.sigma
-        best = min(map(fmean, pairwise(blocks)))
+        # Single losses of skewed noise lie below their mean, so their median alone would make a start that is too low.
+        start, sigma = max(median(self._first), median(blocks[:3])), self._scatter.sigma
+        best = min(a / 2 + b / 2 for a, b in pairwise(blocks))
         z = mann_kendall(blocks)
         within_noise = z > self._NO_TREND and start - best < self._NOISE * sigma
         small = start - best < max(self._OF_SCATTER * sigma, self._OF_START * abs(start))
-        if not (within_noise or small):
+        asks, stands = self._asks(), within_noise or small
+        self._learnt = not stands and z < (self._NO_TREND if asks else self._CLEAR_TREND)
+        if not asks or not stands:
             return None
         spent = f"after {self._progress:.0%} of the budget" if self._progress is not None else f"after {step} steps"
         trend = "has no falling trend" if z > self._NO_TREND else "has hardly fallen"

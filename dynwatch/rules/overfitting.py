@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import median
 
 from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
-from dynwatch.trends import mann_kendall
+from dynwatch.trends import MAD_TO_SIGMA, mann_kendall
 
 
 class Overfitting(Rule):
@@ -15,9 +17,11 @@ class Overfitting(Rule):
 
     It looks at the ends of validation, with the training loss averaged since the one before. Over the
     ends since the best validation loss (at least `patience` more, at most the last 64) the validation loss
-    must have a rising trend and the training loss a falling one (Mann-Kendall, |z| above 1.64,
+    must have a rising trend, the best one left out, and the training loss a falling one (Mann-Kendall, |z| above 1.64,
     one sided 5 %), and the last three validation losses must all lie above the best by more than
-    `tolerance` of what the training loss has gained since its start.
+    `tolerance` of what the training loss has gained since its start, and by six robust σ of the noise. The
+    last three training losses must lie two σ below that at the best. Noise is told from the differences between
+    neighbours among the last 30 validation losses, and among the training losses since the best one.
 
     Args:
         patience: Ends of validation after the best one.
@@ -41,7 +45,7 @@ class Overfitting(Rule):
     name = "overfitting"
     reads = (tags.LOSS, tags.VAL_LOSS)
     kept = ("_sum", "_count", "_start", "_since_best", "_train", "_best_step", "_val_recent", "_train_recent")
-    _TREND, _MOST = 1.64, 64
+    _TREND, _NOISE, _TRAIN_NOISE, _MOST = 1.64, 6.0, 2.0, 64
 
     def __init__(self, patience: int = 5, tolerance: float = 0.05, action: Action = "warn") -> None:
         self.patience = check_count("patience", patience, least=4)
@@ -64,9 +68,9 @@ class Overfitting(Rule):
         validation = readings.get(tags.VAL_LOSS)
         if validation is None:
             return None
-        self._val_recent.add(step, validation)
         if not math.isfinite(validation) or self._count == 0:
             return None
+        self._val_recent.add(step, validation)
         train = self._sum / self._count
         self._sum, self._count = 0.0, 0
         self._train_recent.add(step, train)
@@ -79,8 +83,12 @@ class Overfitting(Rule):
         best, gain = self._since_best[0], self._start - train
         if len(self._since_best) <= self.patience or not gain > 0:
             return None
-        rises = mann_kendall(self._since_best) > self._TREND and mann_kendall(self._train) < -self._TREND
-        if not rises or not min(self._since_best[-3:]) > best + self.tolerance * gain:
+        # The best one was chosen as the lowest, so it is no witness of a rise; and in noise it is far below the others.
+        rises = mann_kendall(self._since_best[1:]) > self._TREND and mann_kendall(self._train) < -self._TREND
+        least = max(self.tolerance * gain, self._NOISE * _noise([value for _, value in self._val_recent]))
+        if not rises or not min(self._since_best[-3:]) > best + least:
+            return None
+        if not max(self._train[-3:]) < self._train[0] - self._TRAIN_NOISE * _noise(self._train):
             return None
         return self.verdict(
             step,
@@ -91,3 +99,10 @@ class Overfitting(Rule):
             self._val_recent,
             self._train_recent,
         )
+
+
+def _noise(numbers: Sequence[float]) -> float:
+    """Robust σ of noise around a slow change, from the differences of neighbours."""
+    steps = [later - earlier for earlier, later in pairwise(numbers)]
+    middle = median(steps)
+    return MAD_TO_SIGMA * median([abs(step - middle) for step in steps]) / math.sqrt(2)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from dynwatch.rules import tags
-from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number, newest
 from dynwatch.trends import MAD_TO_SIGMA, RunMeans, mann_kendall
 
 
@@ -16,13 +16,15 @@ class Plateau(Rule):
 
     The losses so far are averaged in 32 to 64 blocks. Over the later half of them the loss must have no falling
     trend (Mann-Kendall z above −1.64, one sided 5 %) and have gained less than `tolerance` of all
-    that was gained before. It is left alone
+    that was gained before; and noise must not hide a gain of three and a half times as much (one standard error). It is left
+    alone
 
     * while the learning rate is above a tenth of its peak and its schedule will bring it to less than half:
       such a plateau is oscillation across a valley, which a decay ends (arXiv 2410.05192);
     * until half of the run so far lies after the last halving of the learning rate;
     * when a positive loss is below `converged` times its start: that run is done rather than stuck;
-    * when less than 10 % of the budget is left to save, and before anything was learnt (`NoLearning`).
+    * before a quarter of the budget is spent, when less than a tenth is left to save, and before anything was
+      learnt (`NoLearning`).
 
     Args:
         min_readings: Losses that must have been seen.
@@ -44,7 +46,8 @@ class Plateau(Rule):
     name = "plateau"
     reads = (tags.LOSS, tags.LR, tags.LR_LOW, tags.PROGRESS)
     kept = ("_means", "_progress", "_lr", "_lr_low", "_lr_peak", "_lr_then", "_decayed_after", "_recent")
-    _NO_TREND, _CLEAR, _HIGH, _DECAY, _HALVED, _LATE = -1.64, 5.0, 0.1, 0.5, 0.5, 0.9
+    _NO_TREND, _CLEAR, _UNSURE, _HIGH, _DECAY, _HALVED = -1.64, 5.0, 3.5, 0.1, 0.5, 0.5
+    _EARLY, _LATE = 0.25, 0.9
 
     def __init__(
         self,
@@ -65,9 +68,9 @@ class Plateau(Rule):
         self._recent = Recent(tags.LOSS)
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
-        self._progress = readings.get(tags.PROGRESS, self._progress)
-        self._lr = readings.get(tags.LR, self._lr)
-        self._lr_low = readings.get(tags.LR_LOW, self._lr_low)
+        self._progress = newest(readings, tags.PROGRESS, self._progress)
+        self._lr = newest(readings, tags.LR, self._lr)
+        self._lr_low = newest(readings, tags.LR_LOW, self._lr_low)
         if self._lr > self._lr_peak:
             self._lr_peak = self._lr
         if self._lr < self._HALVED * self._lr_then:
@@ -81,6 +84,8 @@ class Plateau(Rule):
         if not math.isfinite(loss) or not self._means.add(loss):
             return None
         if len(self._means) < self.min_readings or self._progress > self._LATE or self._decay_comes():
+            return None
+        if 0 < self._progress < self._EARLY:
             return None
         if self._decayed_after > len(self._means) // 2:
             return None  # the later half must be all after the last decay, to show what it has brought
@@ -97,7 +102,12 @@ class Plateau(Rule):
         if start > 0 and now < self.converged * start:
             return None
         z = mann_kendall(late)
-        if z <= self._NO_TREND or median(late[:third]) - now > self.tolerance * gain:
+        fall, error = median(late[:third]) - now, scatter * math.sqrt(math.pi / third)  # of a difference of medians
+        if (
+            z <= self._NO_TREND
+            or fall > self.tolerance * gain
+            or max(fall, 0.0) + error > self._UNSURE * self.tolerance * gain
+        ):
             return None
         rate = f", at a learning rate of {self._lr:.3g}" if math.isfinite(self._lr) else ""
         return self.verdict(

@@ -35,6 +35,7 @@ def apply_actions(rules: Sequence[Rule], actions: Mapping[str, str] | str | None
             raise ValueError(f"actions names the rule {name!r}, which is not there. The rules are: {known}.")
         if action not in (*get_args(Action), "off"):
             raise ValueError(f"actions[{name!r}]={action!r} must be 'stop', 'warn', 'shadow' or 'off'.")
+    for name, action in (actions or {}).items():
         if action != "off":
             rules[names.index(name)].action = action  # type: ignore[assignment]
     return [rule for rule, name in zip(rules, names, strict=True) if (actions or {}).get(name or "") != "off"]
@@ -65,6 +66,8 @@ class Rulebook:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules has {rule!r}, which must be an instance of Rule, such as NonFinite().")
+            if not getattr(rule, "name", None):
+                raise ValueError(f"rules has {rule!r}, which must have a name; set `name` in its class.")
         names = [rule.name for rule in rules]
         if len(set(names)) < len(names):
             raise ValueError(f"rules has two rules of one name: {', '.join(names)}. Keep one of each.")
@@ -82,6 +85,8 @@ class Rulebook:
                 continue
             try:
                 verdict = rule.update(step, readings, notes)
+                if verdict is not None and not isinstance(verdict, Verdict):
+                    raise TypeError(f"its update returned {verdict!r}, which must be a Verdict or None")
             except Exception as error:
                 self.failed[rule.name] = f"{type(error).__name__}: {error}"
                 continue

@@ -2,77 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import distributed_run
 import pytest
 import torch
 from distributed_run import CLIP, GLOBAL_BATCH, PLACES, STEPS, Net
-
-Results = dict[str, Any]
-RANKS = (0, 1)
-TIME_LIMIT = 120  # seconds for all scenarios of a launch; they take 20 on two idle cores
-
-
-@dataclass
-class Launch:
-    """What a launch of both ranks left behind."""
-
-    folder: Path
-    code: int | None  # None: it hung, and was killed
-    output: str
-
-    def __getitem__(self, scenario: str) -> tuple[Results, Results]:
-        """The results of a scenario on rank 0 and rank 1."""
-        files = [self.folder / f"{scenario}.{rank}.json" for rank in RANKS]
-        if not all(file.exists() for file in files):
-            how = "hung" if self.code is None else f"ended with code {self.code}"
-            pytest.fail(f"{scenario} did not end on both ranks; the launch {how}:\n{self.output[-6000:]}")
-        first, second = (json.loads(file.read_text()) for file in files)
-        assert (first["rank"], second["rank"], first["ranks"]) == (0, 1, 2)
-        return first, second
-
-
-def launch(group: str, folder: Path) -> Launch:
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    log = folder / "output.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, distributed_run.__file__, group, str(folder)],
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # rank 0 starts rank 1: both are ended together
-        )
-        code: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(TIME_LIMIT)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return Launch(folder, code, log.read_text())
+from two_ranks import RANKS, Launch, Results, launch
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("ddp", tmp_path_factory.mktemp("ddp"))
+    return launch(distributed_run.__file__, "ddp", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return launch("fsdp", tmp_path_factory.mktemp("fsdp"))
+    return launch(distributed_run.__file__, "fsdp", tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.fixture(params=["ddp", "fsdp"])
@@ -278,7 +228,7 @@ def test_local_failure_of_the_search_for_nan(fsdp: Launch) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_error_of_the_user_on_one_rank(rank: int, tmp_path: Path) -> None:
     """When training_step raises on one rank the run ends with that error instead of waiting for a collective."""
-    ended = launch(f"raising_{rank}", tmp_path)
+    ended = launch(distributed_run.__file__, f"raising_{rank}", tmp_path)
     assert ended.code not in (None, 0), ended.output[-6000:]
     assert f"the user's own error on rank {rank}" in ended.output
     assert not list(tmp_path.glob("*.json"))

@@ -22,11 +22,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynwatch.callbacks import DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.rules import StopWhen
+
+# Metrics of the user's that rules ask for: by step, by epoch, a metric object, and of validation.
+CONDITIONS = {
+    "value": "train_loss_step > 0",
+    "object": "train_accuracy >= 0",
+    "epoch": "train_accuracy_epoch >= 0 and train_loss_epoch > 0",
+    "validation": "val_loss > 0 and val_accuracy >= 0",
+}
 
 MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "gradients": lambda: GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1),
+    "activations": lambda: ActivationMonitor(every_n_steps=1),
     "early_termination": EarlyTermination,
+    "user_metrics": lambda: EarlyTermination([StopWhen(c, name, action="warn") for name, c in CONDITIONS.items()]),
     "dynwatch": DynWatch,
 }
 
@@ -81,7 +92,7 @@ class Transformer(_Base):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.1, batch_first=True)
+        self.body = nn.TransformerEncoderLayer(8, 2, 16, 0.1, nn.ReLU(), batch_first=True)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
