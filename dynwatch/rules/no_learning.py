@@ -23,8 +23,8 @@ class NoLearning(Rule):
       below the start, or
     * whatever the trend, best is less than 0.1 σ, or less than 0.5 % of the start, below it.
 
-    Once it can be told, or earlier if the trend is very clear (z below −4), the run is left alone for good: one that
-    has learnt and forgotten is `LossSpike`'s business.
+    Once it can be told with a falling trend (before the rule asks only with a very clear one, z below −4), the run is
+    left alone for good: one that has learnt and forgotten is `LossSpike`'s business.
 
     Args:
         share: Share of the budget after which it asks, in (0, 1).

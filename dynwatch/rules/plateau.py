@@ -15,9 +15,8 @@ class Plateau(Rule):
     r"""The loss fell, and then stayed where it was for half of the run so far.
 
     The losses so far are averaged in 32 to 64 blocks. Over the later half of them the loss must have no falling
-    trend (Mann-Kendall z above −1.64, one sided 5 %) and have gained less than `tolerance` of all
-    that was gained before; and noise must not hide a gain of three and a half times as much (one standard error). It is left
-    alone
+    trend (Mann-Kendall z above −1.64, one sided 5 %) and have gained less than `tolerance` of all that was gained
+    before; and noise must not hide a gain of three and a half times as much (one standard error). It is left alone
 
     * while the learning rate is above a tenth of its peak and its schedule will bring it to less than half:
       such a plateau is oscillation across a valley, which a decay ends (arXiv 2410.05192);
