@@ -36,10 +36,10 @@ def main() -> None:
         logs = Path(folder, "digits")
         command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--logdir", str(logs)]
         subprocess.run(command, check=True, capture_output=True)
-        with tensorboard(logs, ["healthy", "poor"]) as address, browser() as chromium:
+        with tensorboard(logs, ["healthy", "poor", "forgetful"]) as address, browser() as chromium:
             page = chromium.new_page(viewport={"width": 1500, "height": 1130})
             panels(page, f"{address}/#custom_scalars&_smoothingWeight=0")
-            page = chromium.new_page(viewport={"width": 1400, "height": 500})
+            page = chromium.new_page(viewport={"width": 1400, "height": 830})
             verdict(page, f"{address}/#text")
 
 
