@@ -2,11 +2,13 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 
 import dynwatch
 import dynwatch.callbacks
@@ -35,8 +37,11 @@ class Line(pl.LightningModule):
 with tempfile.TemporaryDirectory() as folder:
     watch = DynWatch(report=False)
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=CSVLogger(folder), callbacks=[watch], enable_progress_bar=False
+        max_epochs=1, accelerator="cpu", logger=TensorBoardLogger(folder), callbacks=[watch], enable_progress_bar=False
     )
     trainer.fit(Line(), torch.utils.data.DataLoader(torch.randn(64, 4), batch_size=4))
     assert "grad_norm/total" in trainer.callback_metrics, sorted(trainer.callback_metrics)
+    replay = [sys.executable, "-m", "dynwatch.rules", folder, "--when", "stop/loss < 1000"]
+    told = subprocess.run(replay, check=True, capture_output=True, text=True).stdout
+    assert "when_stop_loss" in told, told
 print(f"wheel {dynwatch.__version__}: ok")
