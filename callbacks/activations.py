@@ -25,13 +25,15 @@ class ActivationMonitor(Monitor):
 
     A unit that is at zero for every input gets no gradient and cannot come back by itself. The monitor
     looks at the outputs of `nn.ReLU` and `nn.ReLU6` modules during the training batches of a due step, micro-batches
-    included; a unit that fired on none of the last `looks` due steps, on any rank, counts as dead. Of a layer with
-    more than 256 units, 256 are looked at. Activations written as functions (`F.relu`) cannot be seen, and a
-    compiled module is left alone, because a hook would make it compile again.
+    included; a unit that fired on none of the last `looks` due steps, on any rank, counts as dead. A module that is
+    used several times in a forward pass counts as several layers. Of a layer with more than 256 units, 256 are
+    looked at. Activations written as functions (`F.relu`) cannot be seen, and a compiled module is left alone,
+    because a hook would make it compile again.
 
     Logs, when due:
 
-    * `activation/dead/<layer>`: share of dead units of each ReLU module, by its name in the model.
+    * `activation/dead/<layer>`: share of dead units of each ReLU module, by its name in the model; `<layer>.use2` for
+      its second use in a forward pass.
 
     Args:
         every_n_steps: Cadence, in optimizer steps.
@@ -51,6 +53,10 @@ class ActivationMonitor(Monitor):
         self.max_layers = check_count("max_layers", max_layers)
         self._layers: dict[str, nn.Module] = {}
         self._handles: list[RemovableHandle] = []
+        self._channels: frozenset[int] = frozenset()  # of the model's Conv1d layers
+        self._features: frozenset[int] = frozenset()  # of its Linear layers
+        self._uses: dict[str, int] = {}  # of each layer, in this forward pass
+        self._forward = False  # not during backward, where checkpointing runs layers again
         self._fired: dict[str, Tensor] = {}
         self._silent: dict[str, SilentUnits] = {}
 
@@ -69,19 +75,34 @@ class ActivationMonitor(Monitor):
         names = [name for name, module in modules.items() if isinstance(module, (nn.ReLU, nn.ReLU6))]
         stride = -(-len(names) // self.max_layers)
         self._layers = {name: modules[name] for name in names[:: max(stride, 1)]}
+        convolutions = (nn.Conv1d, nn.ConvTranspose1d)
+        self._channels = frozenset(m.out_channels for m in modules.values() if isinstance(m, convolutions))
+        self._features = frozenset(m.out_features for m in modules.values() if isinstance(m, nn.Linear))
 
     @isolated
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._uses.clear()
+        self._forward = True
         if self._layers and not self._handles and self.is_due(trainer):
             for name, layer in self._layers.items():
                 look = functools.partial(self._look, trainer, name)
                 self._handles.append(layer.register_forward_hook(look))
 
     def _look(self, trainer: Trainer, name: str, layer: nn.Module, args: Any, output: Any) -> None:
-        if layer.training and type(output) is Tensor:
+        if layer.training and self._forward and type(output) is Tensor:
             self.guarded(trainer, self._note, name, output)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        self._forward = not pl_module.automatic_optimization
+
     def _note(self, name: str, output: Tensor) -> None:
+        use = self._uses[name] = self._uses.get(name, 0) + 1
+        if use > 1:
+            name = f"{name}.use{use}"
+        # After a Conv1d channels come before positions, in a transformer they come last.
+        if output.dim() == 3 and output.shape[1] in self._channels and output.shape[2] not in self._features:
+            output = output.transpose(1, 2)
         with torch.no_grad():
             fired, before = units_that_fired(output), self._fired.get(name)
             if before is None or before.shape != fired.shape:
@@ -94,10 +115,8 @@ class ActivationMonitor(Monitor):
             return
         self._unhook()
         stream, step = Stream.of(trainer), Stream.step(trainer)
-        for name in self._layers:
-            if name in self._fired:
-                fired = self._fired.pop(name)
-                stream.emit(self, step, _unit_tags(name, len(fired)), fired.float(), mean_over_ranks=True)
+        for name, fired in self._fired.items():
+            stream.emit(self, step, _unit_tags(name, len(fired)), fired.float(), mean_over_ranks=True)
         self._fired.clear()
 
     # --- at a flush, on the host

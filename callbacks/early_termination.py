@@ -77,7 +77,8 @@ class EarlyTermination(Monitor):
         min_steps: No verdict before this many optimizer steps; a non-finite update is not thrown away either.
         final_validation: Whether to run Lightning's validation pass after a stop.
         actions: What is done about a rule's verdicts, by the rule's name: "stop", "warn", "shadow", or "off" to
-            leave the rule out. One word instead of a dict holds for all rules: `actions="shadow"`.
+            leave the rule out (False, which is what YAML reads `off` as, is the same). One word instead of a
+            dict holds for all rules: `actions="shadow"`.
         cooldown: Steps for which a rule that has warned, or fired in shadow mode, stays silent.
         validation_loss: Name of the validation loss that you log, for the overfitting rule; None takes
             `val_loss`, `val/loss` and the like, or the only validation metric with "loss" in its name.
@@ -103,7 +104,7 @@ class EarlyTermination(Monitor):
         check_every_n_steps: int | None = None,
         min_steps: int = 0,
         final_validation: bool = False,
-        actions: dict[str, str] | str | None = None,
+        actions: dict[str, str | bool] | str | bool | None = None,
         cooldown: int = 1000,
         validation_loss: str | None = None,
         on_stop: Callable[[Any, Verdict], None] | None = None,
@@ -112,6 +113,8 @@ class EarlyTermination(Monitor):
     ) -> None:
         super().__init__()
         self._named_by_user = rules is not None
+        if isinstance(rules, Rule) or (rules is not None and not rules):
+            raise ValueError(f"rules={rules!r} must be a list of at least one rule, or None for the default ones.")
         chosen = apply_actions(default_rules() if rules is None else rules, actions)
         self._rulebook = Rulebook(chosen, min_steps, cooldown)
         if check_every_n_steps is not None:
@@ -127,6 +130,10 @@ class EarlyTermination(Monitor):
         self.on_stop = on_stop
         self.exit_code = check_exit_code(exit_code)
         self.trial = check_trial(trial)
+        if trial is not None and exit_code is not None:
+            raise ValueError(
+                f"exit_code={exit_code!r} and trial= exclude each other: a pruned trial goes on with the next."
+            )
         self.prints = True  # DynWatch(report=False) turns it off
         self.hidden_tags = _HIDDEN
         self._reset()

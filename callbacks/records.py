@@ -53,7 +53,7 @@ def with_circumstances(trainer: Trainer, verdict: Verdict, rate: str) -> Verdict
     rates = [f"{float(g['lr']):.3g}" for o in trainer.optimizers for g in o.param_groups if "lr" in g]
     facts = [f"{rate}: {', '.join(dict.fromkeys(rates))}."] if rates else []
     if trainer.gradient_clip_val:
-        facts.append(f"Gradients were clipped at {trainer.gradient_clip_val}.")
+        facts.append(f"Gradient clipping is on, at {trainer.gradient_clip_val}.")
     return replace(verdict, reason=" ".join([verdict.reason, *facts]))
 
 
@@ -72,7 +72,14 @@ def record_verdict(
 ) -> None:
     """Write a verdict to the Python log, to `dynwatch.jsonl` with `more` beside it, and to TensorBoard."""
     try:
-        record = {"time": time.time(), "action": action, **verdict.to_dict(), "epoch": trainer.current_epoch, **more}
+        record = {
+            "time": time.time(),
+            "pid": os.getpid(),
+            "action": action,
+            **verdict.to_dict(),
+            "epoch": trainer.current_epoch,
+            **more,
+        }
         _write(trainer, folder, action, verdict, record, outcome)
     except Exception as error:  # numbers of a user's own rule that JSON does not know; the other ranks go on
         log.warning(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
+from dynwatch.callbacks.harmless import is_harmless
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.stream import Stream
 
@@ -79,8 +80,9 @@ class SchedulerSteps:
 class PlannedRates:
     """The lowest learning rate still to come, from trying out copies of the run's schedulers.
 
-    Only torch's own schedulers are tried out: another's `step` may do anything. With one that is unknown,
-    is stepped by the user (manual optimization) or has too many steps, a decay to zero is assumed to come.
+    Only torch's own schedulers are tried out, and of those with a function of the user's only where calling it can
+    leave nothing behind: another's `step` may do anything, and a function may count its calls. With one that is
+    not tried, is stepped by the user (manual optimization) or has too many steps, a decay to zero is assumed to come.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +100,7 @@ class PlannedRates:
             taken = steps.taken(trainer.global_step, trainer.current_epoch)
             try:
                 planned = steps.planned(trainer) if pl_module.automatic_optimization else None
-                if planned is not None:
+                if planned is not None and may_be_tried(scheduler):
                     with _generators_kept():  # a function of the user's may draw
                         rates = rates_to_come(scheduler, max(planned - taken, 0), known)
             except Exception as error:
@@ -124,15 +126,13 @@ def rates_to_come(scheduler: Any, count: int, known: dict[int, Any]) -> list[flo
     """The largest learning rate over the parameter groups, now and after each of `count` steps.
 
     Args:
-        scheduler: A scheduler; it and its optimizer are left as they are.
+        scheduler: A scheduler that `may_be_tried`; it and its optimizer are left as they are.
         count: Steps to try.
         known: Objects by `id` that a copy must share rather than copy.
 
     Returns:
         [count + 1] rates, the later ones thinned out for a long `LambdaLR`; None if they cannot be told.
     """
-    if not _is_torchs(scheduler):
-        return None
     base = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
     if type(scheduler) is lr_scheduler.LambdaLR and count > _POINTS:
         stride = math.ceil(count / _POINTS)
@@ -175,6 +175,12 @@ def _generators_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _is_torchs(scheduler: Any) -> bool:
+def may_be_tried(scheduler: Any) -> bool:
+    """Whether stepping a copy of a scheduler can leave nothing behind."""
+    functions = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)]
     inner: Sequence[Any] = getattr(scheduler, "_schedulers", ())
-    return type(scheduler).__module__ == lr_scheduler.__name__ and all(map(_is_torchs, inner))
+    return (
+        type(scheduler).__module__ == lr_scheduler.__name__
+        and all(function is None or is_harmless(function) for function in functions)
+        and all(map(may_be_tried, inner))
+    )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from dynwatch.rules import Rule, StopWhen, tags
+from dynwatch.rules.replaying import is_known
 
 log = logging.getLogger("dynwatch")
 
@@ -28,7 +29,7 @@ class Unseen:
     def look(self, readings: Iterable[str]) -> None:
         """Take off the tags that have come."""
         if self._tags:
-            self._tags = {tag for tag in self._tags if not any(t.startswith(tag) for t in readings)}
+            self._tags = {tag for tag in self._tags if not is_known(tag, readings)}
 
     def tell(self) -> None:
         """Warn, once, of each rule that could not judge the run."""
@@ -38,7 +39,8 @@ class Unseen:
             if unseen and (len(unseen) == len(rule.reads) or isinstance(rule, StopWhen)):
                 log.warning(
                     "The rule %s could not judge this run: nothing was logged or measured as %s. Metrics of "
-                    "training_step and of validation can be read by the name under which you log them.",
+                    "training_step and of validation can be read by the name under which you log them; a / that "
+                    "divides needs spaces around it.",
                     rule.name,
                     ", ".join(unseen),
                 )

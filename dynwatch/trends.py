@@ -102,12 +102,12 @@ class RunMeans:
         self.most = most
         self.block_length = 1
         self._means: list[float] = []
-        self._sum, self._count = 0.0, 0
+        self._mean, self._count = 0.0, 0
 
     def add(self, number: float) -> bool:
         """Take in a finite number; True if it has completed a block."""
-        self._sum += number
         self._count += 1
+        self._mean += (number - self._mean) / self._count  # of equal numbers exactly that number, unlike sum / count
         if self._count < self.block_length:
             return False
         if len(self._means) == self.most:
@@ -115,8 +115,8 @@ class RunMeans:
             self.block_length *= 2
             if self._count < self.block_length:
                 return False
-        self._means.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
+        self._means.append(self._mean)
+        self._mean, self._count = 0.0, 0
         return True
 
     def __len__(self) -> int:
@@ -129,11 +129,11 @@ class RunMeans:
         return list(self._means)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"length": self.block_length, "means": list(self._means), "sum": self._sum, "count": self._count}
+        return {"length": self.block_length, "means": list(self._means), "mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.block_length, self._means = state["length"], list(state["means"])
-        self._sum, self._count = state["sum"], state["count"]
+        self._mean, self._count = state["mean"], state["count"]
 
 
 def mann_kendall(numbers: Sequence[float]) -> float:

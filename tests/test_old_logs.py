@@ -25,7 +25,7 @@ from dynwatch.callbacks import DynWatch, EarlyTermination
 from dynwatch.rules import Divergence, NonFinite, Rule, Verdict
 from dynwatch.rules.log_tags import map_tags
 from dynwatch.rules.old_logs import Replayed, replay
-from dynwatch.rules.replaying import replay_readings
+from dynwatch.rules.replaying import PastRun, replay_readings
 from dynwatch.rules.stop_when import StopWhen
 
 Curve = list[tuple[int, float]]
@@ -452,3 +452,27 @@ def test_the_command_prints_the_table(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "error: loss='objektive' is in no run; did you mean 'objective'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_rule_that_raises_is_told_and_the_others_go_on() -> None:
+    """As in a run: it is not asked any more, and the notes say why."""
+
+    class Broken(Rule):
+        name = "broken"
+
+        def update(self, step: int, readings: Any, notes: Any) -> None:
+            raise ZeroDivisionError("no such luck")
+
+    broken, sound = replay_readings({"stop/loss": [(0, 1.0), (1, math.nan)]}, [Broken(), NonFinite()])
+    assert broken.failed == "ZeroDivisionError: no such luck" and broken.step is None
+    assert sound.step == 1 and not sound.failed
+    assert "broken was not asked any more, because it raised Zero" in " ".join(
+        PastRun((broken,), planned_steps=2).notes()
+    )
+
+
+def test_few_losses_and_verdicts_of_the_run_itself_are_told() -> None:
+    """A rule that is still waiting, or that a thinned log does not show, must not look like one that was content."""
+    notes = list(PastRun(planned_steps=9, losses=6, recorded=("divergence at step 53",)).notes())
+    assert "The log holds 6 losses only: rules that wait for more of them cannot fire." in notes
+    assert "Verdicts of the run itself: divergence at step 53." in notes

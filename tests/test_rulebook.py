@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynwatch.rules import Divergence, NonFinite, Plateau, Rule, Rulebook, StopWhen, Verdict, apply_actions
+from dynwatch.rules import (
+    Divergence,
+    NonFinite,
+    Plateau,
+    Rule,
+    Rulebook,
+    StopWhen,
+    Verdict,
+    apply_actions,
+    default_rules,
+)
 from dynwatch.rules import default_rules as defaults
 from dynwatch.rules.base import Action
 
@@ -275,3 +285,33 @@ def test_one_unknown_word_for_all_is_an_error() -> None:
     """Also without a dict."""
     with pytest.raises(ValueError, match="halt"):
         apply_actions(defaults(), "halt")
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_limit", "lr", "verdict"])
+def test_a_rule_may_not_write_over_readings_of_dynwatchs_own(name: str) -> None:
+    """The step at which it fired would stand among the losses."""
+    with pytest.raises(ValueError, match=f"rules has a rule named '{name}', but dynwatch itself writes to stop/{name}"):
+        Rulebook([StopWhen("x > 1", name=name)])
+
+
+@pytest.mark.parametrize("actions", [{"plateau": False}, {"plateau": "off"}])
+def test_what_yaml_makes_of_off(actions: dict[str, str | bool]) -> None:
+    """YAML reads off as False."""
+    names = [rule.name for rule in apply_actions(defaults(), actions)]
+    assert "plateau" not in names and len(names) == len(defaults()) - 1
+
+
+@pytest.mark.parametrize(
+    ("actions", "words"),
+    [
+        ("stpo", "actions='stpo' must be"),
+        (["plateau"], "actions=['plateau'] must be a dict"),
+        (True, "actions=True must"),
+    ],
+)
+def test_an_action_that_is_none(actions: Any, words: str) -> None:
+    """The message names what was given, and no rule is changed."""
+    rules = defaults()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        apply_actions(rules, actions)
+    assert [rule.action for rule in rules] == [rule.action for rule in defaults()]

@@ -25,10 +25,9 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--when",
         metavar="EXPRESSION",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
-        help="further conditions, such as 'val_accuracy < 0.2 after 1000 steps'",
+        help="a further condition, such as 'val_accuracy < 0.2 after 1000 steps'; may be given several times",
     )
     asked = parser.parse_args(arguments)
     try:

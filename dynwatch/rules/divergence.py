@@ -106,7 +106,9 @@ class Divergence(Rule):
             f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for {self._outside} steps; "
             f"it began at {median(self._first[: self._BEGIN]):.4g} and its usual value was {self._inside.median:.4g}.",
             "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
-            "(Trainer(gradient_clip_val=1.0)); resume from a checkpoint of before the rise, if there is one.",
+            "(Trainer(gradient_clip_val=1.0)); resume from a checkpoint of before the rise, if there is one. If the "
+            "loss rises by its nature or because you changed it, EarlyTermination(actions={'divergence': 'warn'}) "
+            "lets it.",
             self._recent,
             weights_suspect=True,
         )

@@ -83,7 +83,7 @@ class NoLearning(Rule):
         best = min(a / 2 + b / 2 for a, b in pairwise(blocks))
         z = mann_kendall(blocks)
         within_noise = z > self._NO_TREND and start - best < self._NOISE * sigma
-        small = start - best < max(self._OF_SCATTER * sigma, self._OF_START * abs(start))
+        small = start - best <= max(self._OF_SCATTER * sigma, self._OF_START * abs(start))
         asks, stands = self._asks(), within_noise or small
         self._learnt = not stands and z < (self._NO_TREND if asks else self._CLEAR_TREND)
         if not asks or not stands:

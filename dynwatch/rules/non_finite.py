@@ -65,7 +65,8 @@ class NonFinite(Rule):
         return self.verdict(
             step,
             f"{what}: {where}." if where else f"{what}.",
-            "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
+            ("Look for a wrong sign: the loss fell below all bounds. " if what.startswith("The loss is -inf") else "")
+            + "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
             "(Trainer(gradient_clip_val=1.0)), and look for bad values in this batch; "
             "torch.autograd.detect_anomaly() names the operation.",
             self._losses,

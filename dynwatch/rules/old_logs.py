@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dynwatch.rules import tags as known_tags
 from dynwatch.rules.base import Rule, check_count
 from dynwatch.rules.log_tags import Curve, check_tag, map_tags
 from dynwatch.rules.replaying import Outcome, PastRun, label_rules, listed, replay_readings
@@ -192,8 +193,18 @@ def replay(
             planned_steps=None if last is None else planned_steps or last + 1,
             loss_every=median(b - a for a, b in pairwise(losses)) if len(losses) > 1 else None,
             unreadable=tuple(unreadable[name]),
+            losses=len(losses) if LOSS in readings else None,
+            recorded=tuple(_recorded(log)),
         )
     return Replayed(str(logdir), runs)
+
+
+def _recorded(log: Mapping[str, Curve]) -> Iterator[str]:
+    """Where rules fired in the run itself: their scalars hold the step, and dynwatch's other ones do not."""
+    own = {tag for tag in vars(known_tags).values() if isinstance(tag, str)}
+    for tag, curve in log.items():
+        if tag.startswith("stop/") and tag not in own:
+            yield f"{tag.removeprefix('stop/')} at step {curve[0][1]:.0f}"
 
 
 def _event_files(root: Path) -> dict[str, list[Path]]:

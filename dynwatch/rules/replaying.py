@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 
 from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Rule, Verdict, check_count
+from dynwatch.rules.rulebook import Rulebook
 
 # Readings of one step after the other, or the curve of each tag.
 Readings = Iterable[tuple[int, Mapping[str, float]]] | Mapping[str, Sequence[tuple[int, float]]]
+
+
+# With fewer losses than this, most rules are still waiting.
+_FEW = 100
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Outcome:
         fired: At how many steps it has something to object to.
         missing: Tags of `rule.reads` that the log does not have, so that "never fired" is not taken for "had
             nothing to read"; one that ends in "/" stands for all tags below it.
+        failed: What the rule raised, after which it was not asked any more.
 
     Example:
         >>> Outcome("run", "divergence", "stop", missing=("stop/loss",)).step is None
@@ -42,6 +48,7 @@ class Outcome:
     fired: int = 0
     reads: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    failed: str = ""
 
     @property
     def nothing_to_read(self) -> bool:
@@ -59,6 +66,8 @@ class PastRun:
         planned_steps: The budget that `saved` is a share of; None for a log without scalars.
         loss_every: The usual number of steps from one loss to the next; None if there are less than two.
         unreadable: What could not be read, and why.
+        losses: How many losses there are; None if there is no such tag.
+        recorded: Which rules fired in the run itself, and where, if dynwatch watched it.
 
     Example:
         >>> PastRun(mapped={"stop/loss": "train_loss"}).mapped["stop/loss"]
@@ -70,6 +79,8 @@ class PastRun:
     planned_steps: int | None = None
     loss_every: float | None = None
     unreadable: tuple[str, ...] = ()
+    losses: int | None = None
+    recorded: tuple[str, ...] = ()
 
     def notes(self) -> Iterator[str]:
         """What the outcomes should be read with: where readings are from, which are missing, what was unreadable."""
@@ -86,6 +97,13 @@ class PastRun:
             yield f"Read {'; '.join(f'{listed(readings)} from {tag}' for tag, readings in sources.items())}."
         if self.loss_every is not None and self.loss_every > 1:
             yield f"The loss stands in the log each {self.loss_every:g} steps: a rule in a run may see more of it."
+        if self.losses is not None and self.losses < _FEW:
+            yield f"The log holds {self.losses} losses only: rules that wait for more of them cannot fire."
+        if self.recorded:
+            yield f"Verdicts of the run itself: {listed(self.recorded)}."
+        for outcome in self.outcomes:
+            if outcome.failed:
+                yield f"The rule {outcome.rule} was not asked any more, because it raised {outcome.failed}."
         for words, nothing in (("Nothing to read", True), ("Not all to read", False)):
             lacking = [o for o in self.outcomes if o.missing and o.nothing_to_read is nothing]
             if lacking:
@@ -139,11 +157,16 @@ def replay_readings(
     outcomes = []
     for label, original in labelled.items():
         rule = deepcopy(original)
-        fired = [(step, verdict) for step in steps if (verdict := rule.update(step, by_step[step], {}))]
-        first, verdict = fired[0] if fired else (None, None)
+        book, first, verdict, fired = Rulebook([rule], cooldown=0), None, None, 0
+        for step in steps:
+            for _, found in book.update(step, by_step[step], {}):
+                fired += 1
+                if verdict is None:
+                    first, verdict = step, found
         saved = None if first is None else max(0.0, 1 - (first + 1) / budget)
         missing = tuple(tag for tag in rule.reads if not is_known(tag, known))
-        outcomes.append(Outcome(run, label, rule.action, first, saved, verdict, len(fired), rule.reads, missing))
+        failed = book.failed.get(rule.name, "")
+        outcomes.append(Outcome(run, label, rule.action, first, saved, verdict, fired, rule.reads, missing, failed))
     return outcomes
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Rule, Verdict, check_count
 
+# Where a rule of that name would write over readings of dynwatch's own.
+_TAKEN = {"stop/verdict", *(tag for tag in vars(tags).values() if isinstance(tag, str) and tag.startswith("stop/"))}
 
-def apply_actions(rules: Sequence[Rule], actions: Mapping[str, str] | str | None) -> list[Rule]:
+
+def apply_actions(rules: Sequence[Rule], actions: Mapping[str, str | bool] | str | bool | None) -> list[Rule]:
     """Set what is done about the verdicts of rules.
 
     Args:
         rules: The rules; their `action` is set.
-        actions: By the rule's name "stop", "warn", "shadow", or "off", which leaves the rule out; one word
-            holds for all; None leaves all as they are.
+        actions: By the rule's name "stop", "warn", "shadow", or "off" (also False, which is what YAML reads `off`
+            as), which leaves the rule out; one word holds for all; None leaves all as they are.
 
     Raises:
         ValueError: For a rule that is not there or an unknown action.
@@ -27,18 +31,26 @@ def apply_actions(rules: Sequence[Rule], actions: Mapping[str, str] | str | None
     """
     rules = list(rules)
     names = [getattr(rule, "name", None) for rule in rules]
-    if isinstance(actions, str):
-        actions = {name: actions for name in names if name}
-    for name, action in (actions or {}).items():
+    words = (*get_args(Action), "off", False)  # YAML reads off as False
+    if actions is None or isinstance(actions, (str, bool)):
+        if actions is not None and actions not in words:
+            raise ValueError(f"actions={actions!r} must be 'stop', 'warn', 'shadow' or 'off', or a dict by rule.")
+        chosen = {} if actions is None else {name: actions for name in names if name}
+    elif isinstance(actions, Mapping):
+        chosen = dict(actions)
+    else:
+        raise ValueError(f"actions={actions!r} must be a dict of actions by the rule's name, or one action for all.")
+    for name, action in chosen.items():
         if name not in names:
             known = ", ".join(str(known) for known in names)
             raise ValueError(f"actions names the rule {name!r}, which is not there. The rules are: {known}.")
-        if action not in (*get_args(Action), "off"):
+        if action not in words:
             raise ValueError(f"actions[{name!r}]={action!r} must be 'stop', 'warn', 'shadow' or 'off'.")
-    for name, action in (actions or {}).items():
-        if action != "off":
-            rules[names.index(name)].action = action  # type: ignore[assignment]
-    return [rule for rule, name in zip(rules, names, strict=True) if (actions or {}).get(name or "") != "off"]
+    kept = [rule for rule, name in zip(rules, names, strict=True) if chosen.get(name or "") not in ("off", False)]
+    for rule in kept:
+        if isinstance(rule, Rule) and rule.name in chosen:
+            rule.action = chosen[rule.name]  # type: ignore[assignment]
+    return kept
 
 
 class Rulebook:
@@ -70,7 +82,12 @@ class Rulebook:
                 raise ValueError(f"rules has {rule!r}, which must have a name; set `name` in its class.")
         names = [rule.name for rule in rules]
         if len(set(names)) < len(names):
-            raise ValueError(f"rules has two rules of one name: {', '.join(names)}. Keep one of each.")
+            raise ValueError(
+                f"rules has two rules of one name: {', '.join(names)}. Keep one of each, or give one of them name=."
+            )
+        taken = [name for name in names if f"stop/{name}" in _TAKEN]
+        if taken:
+            raise ValueError(f"rules has a rule named {taken[0]!r}, but dynwatch itself writes to stop/{taken[0]}.")
         self.rules = list(rules)
         self.min_steps = check_count("min_steps", min_steps, least=0)
         self.cooldown = check_count("cooldown", cooldown, least=0)

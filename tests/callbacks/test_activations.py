@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.utils.checkpoint
 from runs import Classifier, data, scalars, trainer
 from torch import Tensor, nn
 
@@ -105,14 +106,48 @@ def test_units_of_a_convolution_are_channels(tmp_path: Path) -> None:
 
 
 def test_a_shared_module(tmp_path: Path) -> None:
-    """One ReLU that two layers of one width use is one row: a unit is alive if it fires in either place."""
+    """One ReLU that two layers use is two rows, so that a dead first use is not hidden by the second."""
     relu = nn.ReLU()
     net = nn.Sequential(nn.Linear(8, 16), relu, nn.Linear(16, 16), relu, nn.Linear(16, 4))
     model = Rectified(16, net)  # the first use is dead
     with torch.no_grad():
         net[2].bias[:] = torch.tensor([9.0] * 12 + [-1e3] * 4)
     found = fit(tmp_path, model, every_step())
-    assert found == {DEAD + "net.1": [(step, 0.0 if step < 2 else 0.25) for step in range(16)]}
+    shares = {"net.1": 1.0, "net.1.use2": 0.25}
+    assert found == {DEAD + use: [(i, 0.0 if i < 2 else share) for i in range(16)] for use, share in shares.items()}
+
+
+class Convolved(Classifier):
+    """A convolution over a sequence of 8; four of six channels are dead."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=1e-6)
+        conv = nn.Conv1d(1, 6, 3, padding=1)
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 8)), conv, nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+        with torch.no_grad():
+            conv.bias[:] = torch.tensor([9.0, 9.0, -1e3, -1e3, -1e3, -1e3])
+
+
+def test_channels_of_a_sequence(tmp_path: Path) -> None:
+    """After a Conv1d the units are its channels, not the positions."""
+    found = fit(tmp_path, Convolved(), every_step())
+    assert found[DEAD + "net.2"][-1][1] == pytest.approx(2 / 3)
+
+
+class Checkpointed(Rectified):
+    """Runs its network again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_checkpointing_makes_no_second_use(tmp_path: Path) -> None:
+    """What is run again for the backward pass is not another layer."""
+    found = fit(tmp_path, Checkpointed(16), every_step())
+    assert list(found) == [DEAD + "net.1", DEAD + "net.3"]
 
 
 def test_in_place(tmp_path: Path) -> None:

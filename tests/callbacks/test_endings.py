@@ -271,9 +271,11 @@ def test_a_study_has_its_diverging_trials_pruned(wrap: Any, tmp_path: Path) -> N
 
 
 def test_a_pruned_trial_says_why_in_its_error(tmp_path: Path) -> None:
-    """The error that fit raises is Optuna's own, with rule, step and reason; a trial comes before an exit code."""
+    """The error that fit raises is Optuna's own, with rule, step and reason; an exit code beside it is refused."""
     trial = optuna.create_study().ask()
-    stop, after = EarlyTermination(trial=trial, exit_code=75), Hooks()
+    with pytest.raises(ValueError, match=r"^exit_code=75 and trial= exclude each other"):
+        EarlyTermination(trial=trial, exit_code=75)
+    stop, after = EarlyTermination(trial=trial), Hooks()
     with pytest.raises(optuna.TrialPruned, match=r"dynwatch: non_finite at step 5: The loss is nan at step 5"):
         trainer(tmp_path, [stop, after]).fit(Classifier(bad_at=5), data())
     assert after.called[-1] == "teardown"

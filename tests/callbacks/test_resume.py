@@ -67,7 +67,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     file = folder / "dynwatch.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k not in ("time", "last_checkpoint")} for record in found]
+    return [{k: v for k, v in record.items() if k not in ("time", "pid", "last_checkpoint")} for record in found]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

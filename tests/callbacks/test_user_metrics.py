@@ -212,7 +212,7 @@ def test_a_metric_that_nobody_logs(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 3}, {"val_check_interval": 3}])
 def test_the_users_logs_and_metrics_are_as_without_dynwatch(settings: dict[str, Any], tmp_path: Path) -> None:
     """Same tags, steps and values in the event files, same state and same number of computations of metric objects."""
-    stop = EarlyTermination(rules=[StopWhen(f"{name} > 99", name=name, action="warn") for name in NAMES])
+    stop = EarlyTermination(rules=[StopWhen(f"{name} > 99", action="warn") for name in NAMES])
     bare_run, bare = fit(tmp_path / "bare", **settings)
     run, watched = fit(tmp_path / "watched", DynWatch(stop=stop, report=False), **settings)
     before, after = scalars(tmp_path / "bare" / "run"), scalars(tmp_path / "watched" / "run")
