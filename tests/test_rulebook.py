@@ -20,7 +20,6 @@ from dynwatch.rules import (
     StopWhen,
     Verdict,
     apply_actions,
-    default_rules,
 )
 from dynwatch.rules import default_rules as defaults
 from dynwatch.rules.base import Action
