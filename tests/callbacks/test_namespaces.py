@@ -125,7 +125,14 @@ trainer:
           class_path: dynwatch.callbacks.EarlyTermination
           init_args:
             min_steps: 7
+            actions:
+              divergence: shadow
+              plateau: off
             rules:
+              - class_path: dynwatch.rules.Plateau
+              - class_path: dynwatch.rules.StopWhen
+                init_args:
+                  expression: val_loss > 3 for 2 readings
               - class_path: dynwatch.rules.Divergence
                 init_args:
                   patience: 50
@@ -137,8 +144,9 @@ trainer:
     assert isinstance(gradients, GradientNormMonitor) and isinstance(stop, EarlyTermination)
     assert (gradients.every_n_steps, gradients.norm_type, gradients.layers) == (3, float("inf"), ["net"])
     assert stop.min_steps == 7
-    (rule,) = stop.rules
-    assert isinstance(rule, Divergence) and rule.patience == 50
+    condition, rule = stop.rules  # YAML reads off as False, and the plateau rule is left out all the same
+    assert condition.name == "when_val_loss" and condition.action == "stop"
+    assert isinstance(rule, Divergence) and rule.patience == 50 and rule.action == "shadow"
     cli.trainer.fit(cli.model, runs.data())
     assert "grad_norm/layer/net" in cli.trainer.callback_metrics
 
