@@ -15,9 +15,10 @@ from dynwatch.callbacks.base import Monitor, isolated
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.stream import Stream
+from dynwatch.rules import tags
 from dynwatch.rules.base import check_count
 
-DEAD = "activation/dead/"
+DEAD = tags.DEAD_UNITS
 
 
 class ActivationMonitor(Monitor):

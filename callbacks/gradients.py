@@ -30,6 +30,7 @@ from dynwatch.constants import on_device
 from dynwatch.gradients import combine_norms, group_norms, tensor_norms
 from dynwatch.layers import LayerGroups, group_by_layer
 from dynwatch.noise_scale import NoiseScale
+from dynwatch.rules import tags as known_tags
 from dynwatch.rules.base import check_count
 
 TOTAL = "grad_norm/total"
@@ -37,8 +38,8 @@ CLIPPED = "grad_norm/clipped"
 CLIP_FRACTION = "grad_norm/clip_fraction"
 NOISE_SCALE = "grad_norm/noise_scale"
 NONFINITE = "grad_norm/nonfinite"
-LAYER = "grad_norm/layer/"
-UPDATE_RATIO = "update_ratio/"
+LAYER = known_tags.GRADIENT_BY_LAYER
+UPDATE_RATIO = known_tags.UPDATE_RATIO
 
 # Readings over which the share of clipped steps is taken.
 _CLIP_WINDOW = 100

@@ -35,8 +35,9 @@ class RunContext:
     def __init__(
         self, trainer: Trainer, pl_module: LightningModule, reads: Collection[str], validation_loss: str | None
     ) -> None:
-        own = {tag for tag in vars(tags).values() if isinstance(tag, str)}
-        self._metrics = UserMetrics(tag for tag in dict.fromkeys(reads) if tag not in own and not tag.endswith("/"))
+        self._metrics = UserMetrics(
+            tag for tag in dict.fromkeys(reads) if tag not in tags.OWN and not tag.endswith("/")
+        )
         self._wants_validation = tags.VAL_LOSS in reads
         self._validation_loss = validation_loss
         self._rates = PlannedRates(trainer, pl_module)

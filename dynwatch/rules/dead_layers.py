@@ -87,7 +87,7 @@ class DeadLayers(Rule):
                 for prefix in (tags.UPDATE_RATIO, tags.GRADIENT_BY_LAYER, tags.DEAD_UNITS):
                     if tag.startswith(prefix):
                         groups.setdefault(prefix, {})[tag] = value
-        found = self._still(groups.get(tags.UPDATE_RATIO, {})) or []
+        found = self._still(groups.get(tags.UPDATE_RATIO, {}))
         found += self._without_gradient(groups.get(tags.GRADIENT_BY_LAYER, {}))
         found += self._dead_units(groups.get(tags.DEAD_UNITS, {}))
         if math.isfinite(readings.get(tags.IDLE, math.nan)):

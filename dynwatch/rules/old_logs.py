@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dynwatch.rules import tags as known_tags
 from dynwatch.rules.base import Rule, check_count
 from dynwatch.rules.log_tags import Curve, check_tag, map_tags
 from dynwatch.rules.replaying import Outcome, PastRun, label_rules, listed, replay_readings
-from dynwatch.rules.tags import LOSS
+from dynwatch.rules.tags import LOSS, OWN
 
 _PLACEHOLDER = "hp_metric"  # Lightning's, for the hyperparameters tab
 
@@ -201,9 +200,8 @@ def replay(
 
 def _recorded(log: Mapping[str, Curve]) -> Iterator[str]:
     """Where rules fired in the run itself: their scalars hold the step, and dynwatch's other ones do not."""
-    own = {tag for tag in vars(known_tags).values() if isinstance(tag, str)}
     for tag, curve in log.items():
-        if tag.startswith("stop/") and tag not in own:
+        if tag.startswith("stop/") and tag not in OWN:
             yield f"{tag.removeprefix('stop/')} at step {curve[0][1]:.0f}"
 
 

@@ -9,7 +9,7 @@ from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Rule, Verdict, check_count
 
 # Where a rule of that name would write over readings of dynwatch's own.
-_TAKEN = {"stop/verdict", *(tag for tag in vars(tags).values() if isinstance(tag, str) and tag.startswith("stop/"))}
+_TAKEN = {"stop/verdict", *tags.OWN}
 
 
 def apply_actions(rules: Sequence[Rule], actions: Mapping[str, str | bool] | str | bool | None) -> list[Rule]:

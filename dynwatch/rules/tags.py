@@ -19,6 +19,9 @@ UPDATE_RATIO = "update_ratio/"
 DEAD_UNITS = "activation/dead/"
 IDLE = "stop/idle_parameters"  # share of trainable parameters that no optimizer moves
 
+# All of the above, which no metric of the user's and no rule may be called.
+OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))
+
 _VAL_LOSS_NAMES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
 _LOSS_NAMES = ("train_loss", "train/loss", "train_loss_step", "train/loss_step", "loss/train", "loss", "loss_step")
 
