@@ -1,0 +1,434 @@
+"""The Hessian of a loss as a symmetric matrix that is known by its products with vectors only.
+
+Vectors are flat: all parameters, one after the other, in at least float32. `flatten` and `unflatten` go to and from
+lists of tensors. Solvers (`lanczos.py`) see an `Operator` and never a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dynwatch.constants import widest_float
+
+
+def _itself(dots: Tensor) -> Tensor:
+    return dots
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A symmetric matrix as what it does to a vector.
+
+    Attributes:
+        apply: The product: [size] to [size].
+        size: Entries of a vector, on this process.
+        dimension: Rows of the matrix; more than `size` where vectors are sharded over processes.
+        dtype: Of the vectors.
+        device: Of the vectors.
+        approximate: Why products are approximate; empty if they are exact up to rounding.
+        gradient: [size] of the loss, where the matrix is its Hessian.
+        reduce: Turns dot products over this process's entries into those over all, on all processes alike.
+        draw: A random normal vector, [size], from a generator.
+
+    Example:
+        >>> operator = from_matrix(torch.diag(torch.tensor([1.0, -5.0])))
+        >>> operator(torch.tensor([2.0, 1.0]))
+        tensor([ 2., -5.])
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    size: int
+    dimension: int
+    dtype: torch.dtype
+    device: torch.device
+    approximate: str = ""
+    gradient: Tensor | None = None
+    reduce: Callable[[Tensor], Tensor] = _itself
+    draw: Callable[[torch.Generator], Tensor] | None = None
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product with a vector, [size]."""
+        if vector.shape != (self.size,):
+            raise ValueError(
+                f"vector has shape {tuple(vector.shape)} and must have shape ({self.size},): use flatten()."
+            )
+        return self.apply(vector)
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A random normal vector, [size]."""
+        if self.draw is not None:
+            return self.draw(generator)
+        drawn = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
+        return drawn.to(self.device)
+
+    def norm(self, vector: Tensor) -> float:
+        """The 2-norm of a vector over all processes."""
+        return math.sqrt(max(float(self.reduce(torch.dot(vector, vector).reshape(1))), 0.0))
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector, in the widest of their types and at least float32.
+
+    Args:
+        tensors: Of any shapes, on one device.
+
+    Returns:
+        [sum of their sizes].
+
+    Example:
+        >>> flatten([torch.ones(1, 2), torch.zeros(1)])
+        tensor([1., 1., 0.])
+    """
+    dtype = vector_dtype(tensors)
+    return torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors]) if tensors else torch.zeros(0, dtype=dtype)
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector as tensors of the shapes and types of others; the inverse of `flatten`.
+
+    Args:
+        vector: [sum of the sizes of `like`].
+        like: Whose shapes, types and devices are taken.
+
+    Example:
+        >>> unflatten(torch.arange(3.0), [torch.ones(1, 2), torch.zeros(1)])
+        [tensor([[0., 1.]]), tensor([2.])]
+    """
+    parts = torch.split(vector, [t.numel() for t in like])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def vector_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type of vectors over these parameters: their own, and float32 for half precision.
+
+    Example:
+        >>> vector_dtype([torch.zeros(2, dtype=torch.bfloat16)])
+        torch.float32
+    """
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def from_matrix(matrix: Tensor) -> Operator:
+    """A dense symmetric matrix as an operator.
+
+    Args:
+        matrix: [n, n], symmetric.
+
+    Example:
+        >>> from_matrix(torch.eye(3)).dimension
+        3
+    """
+    return Operator(matrix.mv, len(matrix), len(matrix), matrix.dtype, matrix.device)
+
+
+def hessian(loss: Tensor, parameters: Sequence[Tensor]) -> Operator:
+    """The exact Hessian of a loss, by differentiating its gradient's graph again.
+
+    The graph of the gradient is built once, here, and used for all products (about 1.8 gradients each). It lives as
+    long as the operator. The parameters' `.grad` is not touched. Restricted to a parameter group or a block: pass only
+    its parameters; the others then count as constants.
+
+    Args:
+        loss: A scalar with a graph.
+        parameters: What to differentiate with respect to; one that the loss does not use has zeros.
+
+    Returns:
+        The operator, with the `gradient` of the loss.
+
+    Raises:
+        ValueError: If the loss is no scalar or has no graph.
+        RuntimeError: By torch, if an operation has no second derivative.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hessian((x**3).sum(), [x])(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: the Hessian needs a scalar "
+            "that depends on the parameters."
+        )
+    parameters = list(parameters)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    # What is linear in a parameter has a gradient without a graph, and a Hessian of zero there.
+    curved = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+    sizes = [p.numel() for p in parameters]
+
+    def product(vector: Tensor) -> Tensor:
+        if not curved:
+            return torch.zeros_like(vector)
+        parts = unflatten(vector, parameters)
+        found = torch.autograd.grad(
+            [g for g, _ in curved],
+            parameters,
+            [parts[i].to(g.dtype) for g, i in curved],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return _flat(found, parameters)
+
+    return Operator(
+        product,
+        sum(sizes),
+        sum(sizes),
+        vector_dtype(parameters),
+        loss.device,
+        gradient=_flat(gradients, parameters),
+    )
+
+
+def _flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    return flatten([torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)])
+
+
+def hessian_by_differences(
+    gradient_at: Callable[[Tensor | None], Tensor],
+    weights: Tensor,
+    relative_step: float | None = None,
+    norm: Callable[[Tensor], float] | None = None,
+) -> Operator:
+    r"""The Hessian by central differences of the gradient, two gradients a product.
+
+    .. math:: H v \approx \frac{|v|}{2 \varepsilon}
+        \left(\nabla L(\theta + \varepsilon v / |v|) - \nabla L(\theta - \varepsilon v / |v|)\right)
+
+    with ε = `relative_step` |θ|. It is the way where an operation has no second derivative, and it is approximate: on
+    a net that is linear in pieces (ReLU) it sees kinks that the Hessian does not have.
+
+    Args:
+        gradient_at: The gradient, [n], at θ + displacement; None asks for it at θ.
+        weights: [n] θ, or this process's share of it.
+        relative_step: None takes the cube root of the type's rounding error, 5e-3 in float32.
+        norm: The 2-norm of a vector over all processes; None takes this process's.
+
+    Returns:
+        The operator, marked `approximate`, with the `gradient` at θ.
+
+    Example:
+        >>> operator = hessian_by_differences(lambda d: (torch.ones(2) + (0 if d is None else d)) ** 3, torch.ones(2))
+        >>> operator(torch.tensor([1.0, 0.0])).round(decimals=3)
+        tensor([3., 0.])
+    """
+    relative = torch.finfo(weights.dtype).eps ** (1 / 3) if relative_step is None else relative_step
+    norm = norm or (lambda vector: float(vector.norm()))
+    length = relative * (norm(weights) or 1.0)
+
+    def product(vector: Tensor) -> Tensor:
+        size = norm(vector)
+        if size == 0:
+            return torch.zeros_like(vector)
+        ahead = gradient_at(vector * (length / size))
+        behind = gradient_at(vector * (-length / size))
+        return (ahead - behind) * (size / (2 * length))
+
+    n = len(weights)
+    return Operator(
+        product,
+        n,
+        n,
+        weights.dtype,
+        weights.device,
+        approximate="central differences of the gradient",
+        gradient=gradient_at(None),
+    )
+
+
+def preconditioned(operator: Operator, scale: Tensor, weight_decay: Tensor | float = 0.0) -> Operator:
+    r"""S (H + W) S: the Hessian as an optimizer with the preconditioner S² feels it, in symmetric form.
+
+    It has the eigenvalues of S²(H + W). For Adam S² = 1 / (√v̂ + ε) (arXiv 2207.14484).
+
+    Args:
+        operator: H.
+        scale: [size] the diagonal of S.
+        weight_decay: [size] or a number, the diagonal of W: decay that is added to the gradient.
+
+    Example:
+        >>> operator = preconditioned(from_matrix(torch.eye(2)), torch.tensor([1.0, 2.0]))
+        >>> operator(torch.ones(2))
+        tensor([1., 4.])
+    """
+
+    def product(vector: Tensor) -> Tensor:
+        scaled = scale * vector
+        return scale * (operator(scaled) + weight_decay * scaled)
+
+    gradient = None if operator.gradient is None else scale * operator.gradient
+    return replace(operator, apply=product, gradient=gradient)
+
+
+def weighted_mean(operators: Sequence[Operator], weights: Sequence[float]) -> Operator:
+    """The mean of operators, as of the Hessians of micro-batches, each with the weight of its samples.
+
+    Args:
+        operators: At least one, all of one size.
+        weights: One each, positive; they need not add up to 1.
+
+    Raises:
+        ValueError: If there is none, their sizes differ, or a weight is not positive.
+
+    Example:
+        >>> mean = weighted_mean([from_matrix(torch.eye(2)), from_matrix(4 * torch.eye(2))], [2, 1])
+        >>> mean(torch.ones(2))
+        tensor([2., 2.])
+    """
+    if not operators or len(operators) != len(weights) or len({o.size for o in operators}) > 1:
+        sizes = [o.size for o in operators]
+        raise ValueError(f"operators of sizes {sizes} and {len(weights)} weights: give one weight each, of one size.")
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"weights={list(weights)!r} must be positive: the number of samples that each stands for.")
+    shares = [weight / math.fsum(weights) for weight in weights]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        total = shares[0] * values[0]
+        for share, value in zip(shares[1:], values[1:], strict=True):
+            total.add_(value, alpha=share)
+        return total
+
+    def product(vector: Tensor) -> Tensor:
+        return mean([operator(vector) for operator in operators])
+
+    gradients = [o.gradient for o in operators if o.gradient is not None]
+    return replace(
+        operators[0],
+        apply=product,
+        gradient=mean(gradients) if len(gradients) == len(operators) else None,
+        approximate=next((o.approximate for o in operators if o.approximate), ""),
+    )
+
+
+class RankFailure:
+    """What went wrong in a product on this rank alone; the others get NaN and do not wait.
+
+    Example:
+        >>> RankFailure().error is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+
+def mean_over_ranks(operator: Operator, samples: float, failure: RankFailure) -> Operator:
+    """The Hessian of the global batch from each rank's own, with one all-reduce a product.
+
+    All ranks must have the same parameters (DDP) and ask for the same products. The ranks' means are weighted by
+    their samples. Dot products are rank 0's, so that all ranks decide alike. A rank whose product raises sends NaN,
+    notes why in `failure`, and goes on to the next collective: nobody waits for it.
+
+    Args:
+        operator: This rank's.
+        samples: How many samples it stands for.
+        failure: Where an error on this rank is noted.
+
+    Example:
+        >>> mean_over_ranks(from_matrix(torch.eye(2)), 8, RankFailure()).size  # products need a process group
+        2
+    """
+    weight = float(samples)
+
+    def mean(compute: Callable[[], Tensor]) -> Tensor:
+        together = torch.full((operator.size + 1,), math.nan, dtype=operator.dtype, device=operator.device)
+        try:
+            if failure.error is None:
+                together[:-1] = compute()
+                together[:-1] *= weight
+                together[-1] = weight
+        except Exception as error:
+            together.fill_(math.nan)
+            failure.error = error
+        dist.all_reduce(together)
+        return together[:-1] / together[-1]
+
+    def reduce(dots: Tensor) -> Tensor:
+        dist.broadcast(dots, src=0)
+        return dots
+
+    gradient = operator.gradient
+    return replace(
+        operator,
+        apply=lambda vector: mean(lambda: operator(vector)),
+        gradient=None if gradient is None or not dist.is_initialized() else mean(lambda: gradient),
+        reduce=reduce,
+    )
+
+
+def sharded(operator: Operator, replicated: Tensor) -> Operator:
+    """An operator on vectors of which each rank holds a share (FSDP2), and some entries are held by all.
+
+    Entries that all ranks hold are scaled by 1/√ranks, so that sums over ranks count them once; products are in these
+    coordinates. Every step of a solver then needs one small all-reduce.
+
+    Args:
+        operator: On this rank's entries, in plain coordinates. Its products must be the global ones.
+        replicated: [size] bool, which entries all ranks hold, in the same order on all.
+
+    Raises:
+        ValueError: If `replicated` has another shape.
+
+    Example:
+        >>> sharded(from_matrix(torch.eye(2)), torch.tensor([True]))
+        Traceback (most recent call last):
+        ...
+        ValueError: replicated has shape (1,) and must have shape (2,), one entry for each of the vector's.
+    """
+    if replicated.shape != (operator.size,):
+        raise ValueError(
+            f"replicated has shape {tuple(replicated.shape)} and must have shape ({operator.size},), one entry for "
+            "each of the vector's."
+        )
+    shrink = shares_of(replicated).sqrt().to(operator.dtype)
+    rows = shares_of(replicated).sum()
+    dist.all_reduce(rows)
+
+    def reduce(dots: Tensor) -> Tensor:
+        dist.all_reduce(dots)
+        return dots
+
+    def draw(generator: torch.Generator) -> Tensor:
+        # One number from the generator, which so stays alike on all ranks whatever their shares.
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        both = [torch.Generator(generator.device).manual_seed(seed + i) for i in (0, 1 + dist.get_rank())]
+        kept = {"dtype": operator.dtype, "device": generator.device}
+        drawn = torch.randn(operator.size, generator=both[1], **kept)
+        mask = replicated.to(generator.device)
+        drawn[mask] = torch.randn(int(mask.sum()), generator=both[0], **kept)
+        return drawn.to(operator.device) * shrink
+
+    gradient = operator.gradient
+    return replace(
+        operator,
+        apply=lambda vector: shrink * operator(vector / shrink),
+        dimension=round(float(rows)),
+        gradient=None if gradient is None else shrink * gradient,
+        reduce=reduce,
+        draw=draw,
+    )
+
+
+def shares_of(replicated: Tensor) -> Tensor:
+    """How much of each entry belongs to this rank: all of a sharded one, 1/ranks of one that all hold.
+
+    Args:
+        replicated: [n] bool.
+
+    Returns:
+        [n], in the widest float of the device.
+
+    Example:
+        >>> shares_of(torch.tensor([True, False]))  # a single process
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    one = torch.ones(len(replicated), dtype=widest_float(replicated.device), device=replicated.device)
+    return one.masked_fill(replicated, 1 / ranks)
