@@ -399,10 +399,9 @@ def sharded(operator: Operator, replicated: Tensor) -> Operator:
         # One number from the generator, which so stays alike on all ranks whatever their shares.
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         both = [torch.Generator(generator.device).manual_seed(seed + i) for i in (0, 1 + dist.get_rank())]
-        kept = {"dtype": operator.dtype, "device": generator.device}
-        drawn = torch.randn(operator.size, generator=both[1], **kept)
         mask = replicated.to(generator.device)
-        drawn[mask] = torch.randn(int(mask.sum()), generator=both[0], **kept)
+        drawn = torch.empty(operator.size, dtype=operator.dtype, device=generator.device).normal_(generator=both[1])
+        drawn[mask] = torch.empty_like(drawn[mask]).normal_(generator=both[0])
         return drawn.to(operator.device) * shrink
 
     gradient = operator.gradient
