@@ -9,6 +9,7 @@ if __name__ != "dynwatch.callbacks":
 from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
+from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.watch import DynWatch
 
-__all__ = ["ActivationMonitor", "DynWatch", "EarlyTermination", "GradientNormMonitor"]
+__all__ = ["ActivationMonitor", "DynWatch", "EarlyTermination", "GradientNormMonitor", "HessianMonitor"]

@@ -55,6 +55,7 @@ class Monitor(Callback):
     """
 
     hidden_tags: frozenset[str] = frozenset()  # readings for stop rules only, not logged
+    side_tags: frozenset[str] = frozenset()  # logged, but not in the terminal's summary
     sparse_tags: frozenset[str] = frozenset()  # read on every step, logged only as often as the Trainer logs
 
     def __init__(self, every_n_steps: int = 1) -> None:

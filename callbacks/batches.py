@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,39 +31,44 @@ def samples_in(batch: Any) -> int | None:
 
     Numbers in tensors without a dimension do not count.
     """
-    sizes = {len(tensor) for tensor in tensors_in(batch) if tensor.dim()}
+    sizes = {tensor.size(0) for tensor in tensors_in(batch) if tensor.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def part(batch: Any, samples: int, start: int, stop: int) -> Any:
     """The samples from `start` to `stop` of a batch of `samples`, in the batch's own types.
 
-    Tensors are views. Lists and tuples as long as the batch that hold anything but tensors and containers (texts,
-    identifiers) are cut as well; everything else is kept.
+    Tensors are views. Lists as long as the batch that hold neither tensors nor containers (texts, identifiers) are
+    cut as well, and tuples of texts; everything else is kept: a tuple of numbers is rather a size.
     """
 
     def cut(item: Any) -> Any:
         if isinstance(item, Tensor):
             return item[start:stop] if item.dim() else item
-        if isinstance(item, (list, tuple)) and len(item) == samples and item and not _holds_tensors(item):
+        if isinstance(item, (list, tuple)) and len(item) == samples and _is_one_per_sample(item):
             return _like(item, item[start:stop])
         return _rebuild(item, cut)
 
     return cut(batch)
 
 
-def copied(batch: Any) -> Any:
-    """A batch in fresh containers; the tensors are the same."""
-    return _rebuild(batch, copied)
-
-
 def cloned(batch: Any) -> Any:
-    """A batch with tensors of its own."""
+    """A batch with containers and tensors of its own. A tensor that occurs twice still does."""
+    clones: dict[int, Tensor] = {}
 
     def clone(item: Any) -> Any:
-        return item.detach().clone() if isinstance(item, Tensor) else _rebuild(item, clone)
+        if not isinstance(item, Tensor):
+            return _rebuild(item, clone)
+        if id(item) not in clones:
+            clones[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+        return clones[id(item)]
 
     return clone(batch)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch whose tensors are on a device."""
+    return batch.to(device) if isinstance(batch, Tensor) else _rebuild(batch, lambda item: moved(item, device))
 
 
 def _rebuild(item: Any, change: Callable[[Any], Any]) -> Any:
@@ -90,15 +96,17 @@ def _like(item: list[Any] | tuple[Any, ...], values: Any) -> Any:
         return type(item)(*values)
     if type(item) in (list, tuple):
         return type(item)(values)
+    if isinstance(item, tuple):
+        return tuple(values)  # torch.Size and its relatives: a tuple will do or the step says so
     new = copy.copy(item)
-    if isinstance(new, list):
-        new[:] = values
-        return new
-    return tuple(values)  # torch.Size, PackedSequence's relatives: a tuple will do or the step says so
+    new[:] = values
+    return new
 
 
-def _holds_tensors(item: Any) -> bool:
-    return any(isinstance(value, (Tensor, Mapping, list, tuple)) or _is_dataclass(value) for value in item)
+def _is_one_per_sample(item: list[Any] | tuple[Any, ...]) -> bool:
+    if isinstance(item, tuple):
+        return type(item) is tuple and all(isinstance(value, (str, bytes)) for value in item)
+    return not any(isinstance(value, (Tensor, Mapping, list, tuple)) or _is_dataclass(value) for value in item)
 
 
 def _is_dataclass(item: Any) -> bool:

@@ -21,12 +21,41 @@ class Chart:
         title: The chart's own title.
         tags: The scalar tags that it draws. A tag that ends in "/" stands for all tags below it.
         pinned: Whether the first tag belongs to the main cards of the Time Series tab.
+        margin: Whether it is a curve in a shaded band: `tags` are then three, (value, lower, upper). TensorBoard
+            draws it for runs that have all three, at the same steps.
+
+    Raises:
+        ValueError: If the tags of a margin chart are not three exact ones, or the first has a parenthesis.
+
+    Example:
+        >>> Chart("curvature", "largest eigenvalue", ("lambda", "lambda_low", "lambda_high"), margin=True).margin
+        True
     """
 
     category: str
     title: str
     tags: tuple[str, ...]
     pinned: bool = False
+    margin: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.margin:
+            return
+        exact = isinstance(self.tags, tuple) and all(map(_is_exact, self.tags))
+        if not exact or len(self.tags) != 3:
+            raise ValueError(
+                f"tags={self.tags!r} of the margin chart {self.title!r} must be three exact tags, "
+                '(value, lower, upper), none of which ends in "/"; without margin=True a chart takes any number.'
+            )
+        if "(" in self.tags[0]:  # TensorBoard takes what follows the first parenthesis for the name of the run
+            raise ValueError(
+                f"tags={self.tags!r} of the margin chart {self.title!r} must begin with a value without parentheses, "
+                "of which TensorBoard draws nothing; choose another tag."
+            )
+
+
+def _is_exact(tag: object) -> bool:
+    return isinstance(tag, str) and tag != "" and not tag.endswith("/")
 
 
 Layout = dict[str, dict[str, list[object]]]
@@ -38,12 +67,18 @@ def layout(charts: Iterable[Chart]) -> Layout:
     Example:
         >>> layout([Chart("gradients", "total norm", ("grad_norm/total",))])
         {'gradients': {'total norm': ['Multiline', ['grad_norm/total$']]}}
+        >>> layout([Chart("curvature", "λ", ("mid", "low", "high"), margin=True)])
+        {'curvature': {'λ': ['Margin', ['mid', 'low', 'high']]}}
     """
     categories: Layout = {}
     for chart in charts:
+        inside = categories.setdefault(chart.category, {})
+        if chart.margin:  # by their names, which TensorBoard escapes itself
+            inside[chart.title] = ["Margin", list(chart.tags)]
+            continue
         # TensorBoard matches from the start of a tag, so an exact tag needs only its end.
         patterns = [re.escape(tag) + ("" if tag.endswith("/") else "$") for tag in chart.tags]
-        categories.setdefault(chart.category, {})[chart.title] = ["Multiline", patterns]
+        inside[chart.title] = ["Multiline", patterns]
     return categories
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from dynwatch.callbacks.batches import copied, part, samples_in, tensors_in
+from dynwatch.callbacks.batches import cloned, part, samples_in
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.sandbox import Sandbox
 from dynwatch.callbacks.snapshot import CannotReplayError
@@ -30,11 +31,14 @@ class Replay:
     Every evaluation begins with the same random streams, buffers and attributes, so that the loss is a function of
     the parameters alone. It sees the batch with the run's own precision, without a gradient scaler; attention runs
     on kernels that have a second derivative, compiled modules run eagerly. Use it as a context: at its end, also
-    when a step raised, all is as it was before.
+    when a step raised, all is as it was before. Until then the module is not to be used otherwise: an evaluation
+    leaves its changes, and what it put in the place of parameters, for checkpointed parts that run again in backward.
 
     Attributes:
+        batch: What is replayed, after it was cut.
         parameters: Those to differentiate with respect to, by name: all that require a gradient.
         samples: How many samples the batch holds; None if that cannot be told.
+        operations: Names of the backward functions behind the first loss that was evaluated.
         whole: Why the whole batch is used although fewer samples were asked for; empty if it is not.
 
     Args:
@@ -68,26 +72,35 @@ class Replay:
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise CannotReplayError("no parameter requires a gradient, so there is nothing to measure.")
+        self.operations: frozenset[str] = frozenset()
         self.samples = samples_in(batch)
         self.whole = ""
         if max_samples is not None:
-            if self.samples is None:
-                self.whole = "the tensors of the batch do not agree on a first dimension, so it cannot be cut"
-            elif self.samples > max_samples:
-                batch, self.samples = part(batch, self.samples, 0, max_samples), max_samples
+            try:
+                if self.samples is None:
+                    self.whole = "the tensors of the batch do not agree on a first dimension, so it cannot be cut"
+                elif self.samples > max_samples:
+                    batch, self.samples = part(batch, self.samples, 0, max_samples), max_samples
+            except (TypeError, ValueError, IndexError, RuntimeError) as error:  # a container or tensor of some kind
+                self.whole, self.samples = f"the batch cannot be cut ({type(error).__name__}: {error})", None
         self._trainer = trainer
         self._module = pl_module
-        self._batch = batch
+        self.batch = batch
         self._batch_idx = batch_idx
         self._loss = loss
-        self._sandbox = Sandbox(trainer, pl_module, list(tensors_in(batch)))
+        self._looked_through = False
+        self._sandbox = Sandbox(trainer, pl_module, batch)
 
     def __enter__(self) -> Self:
-        self._sandbox.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._sandbox)
+            # Also around what the caller differentiates: checkpointed parts run once more then.
+            stack.enter_context(_twice_differentiable(self._module))
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._sandbox.__exit__(*error)
+        self._undo.close()
 
     @property
     def sharded(self) -> bool:
@@ -96,12 +109,15 @@ class Replay:
 
     def leaves(self) -> dict[str, Tensor]:
         """Fresh leaves of a graph that share the parameters' memory."""
+        self._sandbox.rewind()  # the last evaluation may have written to it
         return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
 
     def loss(
         self, parameters: Mapping[str, Tensor] | None, start: int = 0, stop: int | None = None, seed: int | None = None
     ) -> Tensor:
         """The loss at given parameters, a scalar with a graph to them.
+
+        Graphs at the parameters of `leaves` stay good beside each other; one at others, until the next evaluation.
 
         Args:
             parameters: By name; those left out are as they are. None runs the module on its own parameters.
@@ -115,16 +131,34 @@ class Replay:
         self._sandbox.rewind()
         if seed is not None:
             torch.manual_seed(seed)
-        batch = self._batch
+        return self._evaluate(parameters, start, stop)
+
+    def _evaluate(self, parameters: Mapping[str, Tensor] | None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The loss, where all has been rewound."""
+        batch = self.batch
         if (start, stop) != (0, None) and self.samples is not None:
             batch = part(batch, self.samples, start, self.samples if stop is None else stop)
-        run = functools.partial(self._step, copied(batch))
-        with self._sandbox.muted(), self._surroundings():
-            if parameters is None:
-                return self._checked(run())
-            holder = _Holder(self._module, run)
-            named = {f"module.{name}": tensor for name, tensor in parameters.items()}
-            return self._checked(torch.func.functional_call(holder, named, ()))
+        # With tensors of its own, because a graph may need what the step has written to them.
+        batch = cloned(batch)
+        replaced = {} if parameters is None else {self.parameters[name]: t for name, t in parameters.items()}
+        with self._sandbox.muted(), self._trainer.precision_plugin.train_step_context():
+            self._sandbox.substitute(replaced.items())
+            loss = self._checked(self._step(batch))
+        if not self._looked_through:
+            self._look_through(loss, {p for p, t in replaced.items() if t is not p})
+            self._looked_through = bool(replaced)
+        return loss
+
+    def _look_through(self, loss: Tensor, replaced: set[Tensor]) -> None:
+        """Note the operations behind a loss, and refuse it if it depends on parameters that have been replaced."""
+        self.operations, leaves = behind(loss)
+        missed = [name for name, p in self.parameters.items() if p in replaced and p in leaves]
+        if missed:
+            raise CannotReplayError(
+                f"training_step reads {', '.join(missed[:3])}{' and others' * (len(missed) > 3)} from a place other "
+                "than the module's attributes, lists and dictionaries (a tuple, an optimizer, a module outside of it), "
+                "where no other values can be given to it. Use self.parameters() or keep them in nn.ParameterList."
+            )
 
     def gradient(self, displacement: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The gradient of the loss at displaced parameters, by name.
@@ -140,27 +174,28 @@ class Replay:
         moved = self.leaves()
         for name, by in (displacement or {}).items():
             moved[name] = (moved[name].detach() + by).requires_grad_()
-        found = torch.autograd.grad(self.loss(moved), list(moved.values()), allow_unused=True)
+        found = torch.autograd.grad(self._evaluate(moved), list(moved.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(moved.items(), found, strict=True)}
 
     def _gradient_in_place(self, displacement: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._sandbox.rewind()
         shards = {name: local_part(p) for name, p in self.parameters.items()}
         before = {name: shards[name].detach().clone() for name in displacement}
         try:
             with torch.no_grad():
                 for name, by in displacement.items():
                     shards[name].add_(by)
-            loss = self.loss(None)
+            loss = self._evaluate(None)
             for p in self.parameters.values():
                 p.grad = None  # the run's own gradients wait in the sandbox
-            loss.backward()  # FSDP gathers and reduces in hooks of backward
+            loss.backward()  # type: ignore[no-untyped-call]  # FSDP gathers and reduces in hooks of backward
             gradients = {name: p.grad for name, p in self.parameters.items()}
             return {n: torch.zeros_like(shards[n]) if g is None else local_part(g) for n, g in gradients.items()}
         finally:
+            self._sandbox.rewind()
             with torch.no_grad():
                 for name, bits in before.items():
                     shards[name].copy_(bits)
-            self._sandbox.rewind()
 
     # --- one evaluation
 
@@ -170,24 +205,6 @@ class Replay:
         epoch_loop = self._trainer.fit_loop.epoch_loop
         arguments = epoch_loop._build_kwargs(OrderedDict(), batch, self._batch_idx)
         return self._module.training_step(*arguments.values())
-
-    @contextlib.contextmanager
-    def _surroundings(self) -> Iterator[None]:
-        """Precision as in training, and only operations that have a second derivative."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._trainer.precision_plugin.train_step_context())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            modules = list(self._module.modules())
-            if any(isinstance(module, nn.RNNBase) for module in modules):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            if is_compiled(self._module):
-                if not hasattr(torch.compiler, "set_stance"):
-                    raise CannotReplayError(
-                        f"torch {torch.__version__} cannot run a compiled module eagerly, and compiled ones have no "
-                        "second derivative: update to torch 2.6 or newer."
-                    )
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
 
     def _checked(self, result: Any) -> Tensor:
         source = "training_step" if self._loss is None else "the function loss="
@@ -202,19 +219,65 @@ class Replay:
             raise CannotReplayError(
                 f"{source} returned a tensor of shape {tuple(result.shape)} and must return one number: take its mean."
             )
+        if not result.requires_grad:
+            raise CannotReplayError(
+                f"{source} returned a loss that depends on no parameter: it was detached, or computed under no_grad."
+            )
         return result.reshape(())
 
 
-class _Holder(nn.Module):
-    """Lets `functional_call` run any method of a module."""
+@contextlib.contextmanager
+def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Only kernels that have a second derivative: no fused attention, no cuDNN for LSTMs, nothing compiled."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(_has_weight_norm(child) for child in module.modules()):
+            stack.enter_context(_WeightNormByFormula())
+        if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
+            torch._C._set_cudnn_enabled(False)  # flags() would change the run's other settings, too
+            stack.callback(torch._C._set_cudnn_enabled, True)
+        if is_compiled(module) or "torch._dynamo.eval_frame" in sys.modules:  # a function may be compiled as well
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            elif is_compiled(module):
+                raise CannotReplayError(
+                    f"torch {torch.__version__} cannot run a compiled module eagerly, and compiled ones have no "
+                    "second derivative: update to torch 2.6 or newer."
+                )
+        yield
 
-    def __init__(self, module: nn.Module, run: Callable[[], Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.run = run
 
-    def forward(self) -> Any:
-        return self.run()
+class _WeightNormByFormula(TorchFunctionMode):
+    """Writes weight norms out: the second derivative of torch's own is wrong (2.13: `gradgradcheck` fails)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        direction, length, *dim = args
+        return direction * (length / torch.norm_except_dim(direction, 2, *dim))
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    old = (type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+    return type(module).__name__ == "_WeightNorm" or any(old)
+
+
+def behind(loss: Tensor) -> tuple[frozenset[str], set[Tensor]]:
+    """Names of the operations in the graph of a loss, without "Backward", and the leaves that it ends in."""
+    names: set[str] = set()
+    leaves: set[Tensor] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.add(node.name().partition("Backward")[0])
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return frozenset(names), leaves
 
 
 def local_part(tensor: Tensor) -> Tensor:

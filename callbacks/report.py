@@ -57,6 +57,8 @@ def print_summary(trainer: Trainer, stream: Stream, verdicts: Sequence[tuple[Act
         console.print(table)
         for tag, reason in stream.reasons.items():
             console.print(Text(f"{tag}: not available: {reason}.", style="dim"))
+        for subject, remark in stream.remarks.items():
+            console.print(Text(f"{subject}: {remark}.", style="dim"))
         for member in stream.members:
             if member.off:
                 console.print(Text(f"{type(member).__name__} was switched off: {member.off}", style="yellow"))
@@ -90,6 +92,7 @@ def verdict_lines(verdicts: Sequence[tuple[Action, Verdict]]) -> list[tuple[str,
 def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:
     """One row a tag, but of a group of layers only the lowest and the highest at the end."""
     rows: list[tuple[str, Series]] = []
+    side = {tag for member in stream.members for tag in member.side_tags}
     groups: dict[str, list[tuple[str, Series]]] = {}
     for tag, series in stream.series.items():
         prefix = next(
@@ -97,7 +100,7 @@ def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:
         )
         if prefix:
             groups.setdefault(prefix, []).append((tag, series))
-        elif tag != OVERHEAD and tag not in stream.reasons:
+        elif tag != OVERHEAD and tag not in stream.reasons and tag not in side:
             rows.append((tag, series))
     for group in groups.values():
         ends = sorted(group, key=lambda row: row[1].last)

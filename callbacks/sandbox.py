@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynwatch.callbacks.journal import WriteJournal
 from dynwatch.callbacks.namespaces import LightningModule, Logger, Trainer
-from dynwatch.callbacks.snapshot import Snapshot, WriteJournal
+from dynwatch.callbacks.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,16 +26,17 @@ class Sandbox:
 
     That is random streams (torch, the device's, numpy, random, and generators that the module holds), buffers,
     parameters, gradients, attributes and containers of the module and all that it holds (metrics among it), and the
-    trainer's own attributes. Meanwhile `self.log` does nothing and loggers swallow what they are given. What leaves
-    the process cannot be taken back: files, prints, another logger's own connection.
+    attributes of the trainer, of its optimizers and of its schedulers. Meanwhile `self.log` does nothing and loggers
+    swallow what they are given. What leaves the process cannot be taken back: files, prints, a logger's connection
+    that the module keeps for itself.
 
     Args:
         trainer: The trainer.
         pl_module: Its module.
-        batch: Tensors that the step may write to, beside the module's.
+        batch: What the step may write to, beside the module.
     """
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, batch: list[Tensor]) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._batch = batch
@@ -41,16 +44,17 @@ class Sandbox:
 
     def __enter__(self) -> Self:
         trainer, module = self._trainer, self._module
-        loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop)
-        connector = trainer._logger_connector
+        roots = {type(module).__name__: module, "batch": self._batch}
+        self._state = Snapshot(roots, skip=(type(trainer), Trainer, Logger))
         # What has a place of its own in the run is noted without looking into it.
-        self._shallow = [(vars(owner), dict(vars(owner))) for owner in (trainer, *loops, connector)]
-        self._shallow.append((connector._callback_metrics, dict(connector._callback_metrics)))
-        self._state = Snapshot([module], skip=(type(trainer), Trainer, Logger))
+        self._shallow = [(now, dict(now)) for now in _attributes_of_the_run(trainer)]
         self._random = _random_streams(module)
         # Not left to the journal, because BatchNorm changes its statistics without saying so.
         self._buffers = [(b, b.detach().clone()) for b in module.buffers()]
-        self._journal = WriteJournal([*self._state.tensors, *self._batch, *_optimizer_tensors(trainer)])
+        self._journal = WriteJournal([*self._state.tensors, *_optimizer_tensors(trainer)])
+        self._lightning_modules = [
+            child for child in module.modules() if hasattr(child, "log_dict") and hasattr(child, "training_step")
+        ]
         self._undo.callback(self.rewind)
         return self
 
@@ -60,9 +64,11 @@ class Sandbox:
     def rewind(self) -> None:
         """Put everything back as it was when the sandbox was entered."""
         self._journal.restore()
-        for buffer, before in self._buffers:
-            _copy_bits(buffer, before)
-        self._state.restore()
+        self._state.restore()  # before the buffers, whose memory may have been replaced
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                # Through .data, so that a graph that has saved this buffer does not take it for changed.
+                buffer.data.copy_(before)
         for now, before_ in self._shallow:
             for name in now.keys() - before_.keys():
                 del now[name]
@@ -70,32 +76,54 @@ class Sandbox:
         for restore in self._random:
             restore()
 
+    def substitute(self, tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Put tensors in the place of parameters, until `rewind`: in modules, and wherever else they are kept.
+
+        LSTMs have a list of their weights, and so may a module of the user's. Until `rewind`, because checkpointed
+        parts of a model run once more during backward.
+
+        Args:
+            tensors: Pairs of a parameter and what to use instead.
+        """
+        for parameter, tensor in tensors:
+            for put in self._state.places.get(id(parameter), ()):
+                put(tensor)
+
     @contextlib.contextmanager
     def muted(self) -> Iterator[None]:
         """Run a step: watch what it writes to, and let it log into the void. What it changes stays until `rewind`."""
-        mutes: list[Any] = [Mute() for _ in self._trainer.loggers]
+        mutes: list[Any] = [Mute(logger) for logger in self._trainer.loggers]
         self._trainer.loggers = mutes
-        for child in self._module.modules():
+        for child in self._lightning_modules:
             # Of either namespace; the attribute hides the method and is removed with all other changes.
-            if hasattr(child, "log_dict") and hasattr(child, "training_step"):
-                child.__dict__.update(log=_nothing, log_dict=_nothing)
+            child.__dict__.update(log=_nothing, log_dict=_nothing)
         with self._journal, torch.enable_grad():
             yield
 
 
 class Mute:
-    """Takes any call and any attribute and does nothing; stands for a logger and its experiment."""
+    """Takes any call and any attribute and does nothing; stands for a logger and its experiment.
+
+    Args:
+        logger: Whose name and folders to tell, for steps that ask.
+    """
+
+    def __init__(self, logger: Any = None) -> None:
+        for name in ("name", "version", "save_dir", "root_dir", "log_dir"):
+            value = getattr(logger, name, None)
+            if isinstance(value, (str, int, os.PathLike)):
+                setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        return Mute()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self
+        return Mute()
 
     def __getitem__(self, key: Any) -> Any:
-        return self
+        return Mute()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         return
@@ -114,12 +142,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return
 
 
-def _copy_bits(tensor: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
-        # Through .data, so that a graph that has saved this buffer does not take it for changed.
-        tensor.data.copy_(source)
-
-
 def _random_streams(module: nn.Module) -> list[Callable[[], object]]:
     """Actions that put each process-wide random stream back to where it is now."""
     streams: list[Callable[[], object]] = [
@@ -134,6 +156,18 @@ def _random_streams(module: nn.Module) -> list[Callable[[], object]]:
         elif device.type != "cpu" and hasattr(backend, "get_rng_state"):
             streams.append(functools.partial(backend.set_rng_state, backend.get_rng_state(device), device))
     return streams
+
+
+def _attributes_of_the_run(trainer: Trainer) -> Iterator[dict[Any, Any]]:
+    loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop)
+    schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
+    for owner in (trainer, *loops, trainer._logger_connector, *schedulers):
+        yield vars(owner)
+    yield trainer._logger_connector._callback_metrics
+    for optimizer in trainer.optimizers:
+        yield optimizer.state
+        yield from (state for state in optimizer.state.values() if isinstance(state, dict))
+        yield from optimizer.param_groups
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:

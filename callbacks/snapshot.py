@@ -1,9 +1,4 @@
-"""What a training step may change besides its result, noted before and put back after.
-
-Two mechanisms share the work. A `Snapshot` walks the Python objects that a module can reach and puts back attributes,
-containers and random generators. A `WriteJournal` watches every operation and copies a tensor's memory just before
-it is first written to, so that what is not touched costs nothing.
-"""
+"""Python state that a training step may change, noted before and put back after; `journal.py` sees to memory."""
 
 from __future__ import annotations
 
@@ -12,70 +7,27 @@ import functools
 import io
 import logging
 import random
+import re
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynwatch.callbacks.journal import memory_of
 
 # More objects than this are not a module's state but a data set, and looking at each would take seconds.
 _MOST_OBJECTS = 2_000_000
 
+# An object that another leads to, and by which path: a format and what goes into it.
+_Way = tuple[object, str, object]
+
 
 class CannotReplayError(RuntimeError):
     """A training step that cannot be run again without leaving traces; the message says why and what to do."""
-
-
-class WriteJournal(TorchDispatchMode):
-    """Copies the memory of tensors before the first operation that writes to them; `restore` puts it back.
-
-    Memory is compared by storage, so that views and `.data` are seen through. BatchNorm's running statistics are
-    changed by an operation that does not say so: buffers must be given as copies.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = {pointer for tensor in tensors if (pointer := _pointer(tensor))}
-        self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for position, name in _written(func):
-            written = args[position] if position < len(args) else kwargs.get(name)
-            for tensor in written if isinstance(written, (list, tuple)) else (written,):
-                self._keep(tensor)
-        return func(*args, **kwargs)
-
-    def _keep(self, tensor: Any) -> None:
-        pointer = _pointer(tensor) if isinstance(tensor, Tensor) else 0
-        if pointer in self._watched and pointer not in self._saved:
-            storage = tensor.untyped_storage()
-            self._saved[pointer] = (storage, storage.clone())
-
-    def restore(self) -> None:
-        for storage, before in self._saved.values():
-            storage.copy_(before)
-        self._saved.clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operation writes to."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-
-
-def _pointer(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 if it has none of its own."""
-    inner = getattr(tensor, "_local_tensor", tensor)  # a DTensor's shard
-    try:
-        return int(inner.untyped_storage().data_ptr())
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 class Snapshot:
@@ -83,121 +35,216 @@ class Snapshot:
 
     Attributes:
         tensors: All tensors found on the way; their memory is left to a `WriteJournal`.
+        places: For each leaf that requires a gradient, by its id, what puts another tensor where it was found.
 
     Args:
-        roots: Where to begin.
+        roots: Where to begin, by name.
         skip: Types whose objects are not looked into.
 
     Raises:
         CannotReplayError: If an iterator is found, which cannot be turned back, or too many objects.
     """
 
-    def __init__(self, roots: Iterable[object], skip: tuple[type, ...] = ()) -> None:
+    def __init__(self, roots: Mapping[str, object], skip: tuple[type, ...] = ()) -> None:
         self.tensors: list[Tensor] = []
-        self._undo: list[Callable[[], object]] = []
+        self.places: dict[int, list[Callable[[Tensor], object]]] = {}
+        self._undo: list[tuple[Any, ...]] = []  # functions with their arguments
+        self._empty: list[Any] = []  # containers: most of a module's own are, and need no copy
         self._skip = (*_SKIPPED, *skip)
-        self._seen: dict[int, object] = {}
-        waiting: list[tuple[object, str]] = [(root, type(root).__name__) for root in roots]
+        self._looks: dict[type, Callable[[Any], Iterator[_Way]] | None] = {}
+        self._classes: set[type] = set()
+        seen: dict[int, object] = {}  # keeps what it has seen alive, so that no id is used twice
+        waiting: list[tuple[Any, Any]] = [(root, (None, "{}", name)) for name, root in roots.items()]
         while waiting:  # no recursion: linked structures can be deep
             item, path = waiting.pop()
-            if isinstance(item, _PLAIN) or id(item) in self._seen:
+            if id(item) in seen:
                 continue
-            self._seen[id(item)] = item
-            if len(self._seen) > _MOST_OBJECTS:
+            seen[id(item)] = item
+            if len(seen) > _MOST_OBJECTS:
                 raise CannotReplayError(
-                    f"{path} is one of more than {_MOST_OBJECTS:,} objects that the module holds; keep data sets out "
-                    "of it, or pass loss= (a function of module and batch) to measure without running training_step."
+                    f"{_written_out(path)} is one of more than {_MOST_OBJECTS:,} objects that the module holds, too "
+                    "many to be put back after a replay: keep data sets out of the module."
                 )
-            waiting.extend(self._look(item, path))
+            kind = type(item)
+            if kind not in self._looks:
+                self._looks[kind] = self._look_for(kind)
+            look = self._looks[kind]
+            if look is None:
+                raise CannotReplayError(
+                    f"{_written_out(path)} is an iterator ({kind.__name__}), and what training_step drew from it could "
+                    "not be put back. Keep it out of the module, for instance in the data loader."
+                )
+            for value, form, key in look(item):
+                if type(value) not in _PLAIN:
+                    waiting.append((value, (path, form, key)))
 
     def restore(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
+        for undo, *arguments in reversed(self._undo):
+            undo(*arguments)
+        for item in self._empty:
+            if item:
+                item.clear()
 
-    def _look(self, item: Any, path: str) -> Iterator[tuple[object, str]]:
-        """Note an object's own state; gives what it leads to."""
-        if isinstance(item, Tensor):
-            self.tensors.append(item)
-            self._undo.append(functools.partial(_restore_tensor, item, item.detach(), item.requires_grad))
-            if item.is_leaf:
-                self._undo.append(functools.partial(_restore_attribute, item, "grad", item.grad))
-                yield item.grad, f"{path}.grad"
-        elif isinstance(item, self._skip):
+    def _look_for(self, kind: type) -> Callable[[Any], Iterator[_Way]] | None:
+        """How to look at objects of a type; None if there is no way."""
+        if issubclass(kind, self._skip):
+            return self._pass
+        for types_, look in (
+            (Tensor, self._tensor),
+            (dict, self._dict),
+            ((list, deque), self._sequence),
+            ((tuple, frozenset), self._fixed),
+            (set, self._set),
+            ((bytearray, array.array), self._bytes),
+            (np.ndarray, self._array),
+            ((random.Random, np.random.RandomState, np.random.Generator, torch.Generator), self._generator),
+            ((functools.partial, types.MethodType, types.FunctionType), self._function),
+        ):
+            if issubclass(kind, types_):
+                return look
+        if issubclass(kind, Iterator):
+            return None
+        if issubclass(kind, nn.Module):
+            return self._module
+        return self._pass if kind.__module__.startswith(_FRAMEWORKS) else self._object
+
+    # --- each of these notes an object's own state and gives what it leads to
+
+    def _pass(self, item: Any) -> Iterator[_Way]:
+        return iter(())
+
+    def _tensor(self, item: Tensor) -> Iterator[_Way]:
+        self.tensors.append(item)
+        if item.is_leaf:
+            self._undo.append((_restore_attribute, item, "grad", item.grad))
+            yield item.grad, ".grad", None
+        self._undo.append((_restore_tensor, item, item.detach(), item.requires_grad))  # first: a gradient must fit
+        if item.__dict__:
+            yield from self._mapping(item.__dict__, ".{}")
+
+    def _dict(self, item: dict[Any, Any]) -> Iterator[_Way]:
+        yield from self._mapping(item, "[{!r}]")
+        yield from self._attributes(item)
+
+    def _mapping(self, item: dict[Any, Any], form: str) -> Iterator[_Way]:
+        if not item:
+            self._empty.append(item)
             return
-        elif isinstance(item, dict):
-            before = dict(item)
-            self._undo.append(functools.partial(_restore_dict, item, before))
-            yield from ((value, f"{path}[{key!r}]") for key, value in before.items() if not isinstance(value, _PLAIN))
-        elif isinstance(item, (list, deque)):
-            self._undo.append(functools.partial(_restore_sequence, item, list(item)))
-            yield from ((value, f"{path}[{i}]") for i, value in enumerate(item) if not isinstance(value, _PLAIN))
-        elif isinstance(item, (tuple, frozenset)):
-            yield from ((value, f"{path}[…]") for value in item)
-        elif isinstance(item, set):
-            self._undo.append(functools.partial(_restore_set, item, set(item)))
-            yield from ((value, f"{path}{{…}}") for value in item)
-        elif isinstance(item, (bytearray, array.array)):
-            self._undo.append(functools.partial(item.__setitem__, slice(None), item[:]))
-        elif isinstance(item, np.ndarray):
-            if item.flags.writeable:
-                self._undo.append(functools.partial(np.copyto, item, item.copy()))
-        elif isinstance(item, random.Random):
-            self._undo.append(functools.partial(item.setstate, item.getstate()))
-        elif isinstance(item, np.random.RandomState):
-            self._undo.append(functools.partial(item.set_state, item.get_state()))
+        before = dict(item)
+        self._undo.append((_restore_dict, item, before))
+        for key, value in before.items():
+            if isinstance(value, Tensor):
+                self._note_place(value, item.__setitem__, key)
+            if type(value) in _CONTAINERS and not value:  # most of a module's attributes, and worth a short way
+                self._empty.append(value)
+            elif type(value) not in _PLAIN:
+                yield value, form, key
+
+    def _sequence(self, item: list[Any] | deque[Any]) -> Iterator[_Way]:
+        if item:
+            before = list(item)
+            self._undo.append((_restore_sequence, item, before))
+            for i, value in enumerate(before):
+                if isinstance(value, Tensor):
+                    self._note_place(value, item.__setitem__, i)
+                yield value, "[{}]", i
+        else:
+            self._empty.append(item)
+        yield from self._attributes(item)
+
+    def _fixed(self, item: tuple[Any, ...] | frozenset[Any]) -> Iterator[_Way]:
+        for i, value in enumerate(item):
+            yield value, "[{}]", i
+
+    def _set(self, item: set[Any]) -> Iterator[_Way]:
+        self._undo.append((_restore_set, item, set(item)))
+        for value in item:
+            yield value, "{{…}}", None
+
+    def _bytes(self, item: bytearray | array.array[Any]) -> Iterator[_Way]:
+        self._undo.append((item.__setitem__, slice(None), item[:]))
+        return iter(())
+
+    def _array(self, item: np.ndarray[Any, Any]) -> Iterator[_Way]:
+        if item.flags.writeable:
+            self._undo.append((np.copyto, item, item.copy()))
+        if item.dtype == object:
+            yield from self._fixed(tuple(item.flat))
+
+    def _generator(self, item: Any) -> Iterator[_Way]:
+        if isinstance(item, random.Random):
+            self._undo.append((item.setstate, item.getstate()))
         elif isinstance(item, np.random.Generator):
-            self._undo.append(functools.partial(setattr, item.bit_generator, "state", item.bit_generator.state))
-        elif isinstance(item, torch.Generator):
-            self._undo.append(functools.partial(item.set_state, item.get_state()))
-        elif isinstance(item, functools.partial):
-            yield from ((value, f"{path}(…)") for value in (item.func, item.args, item.keywords))
+            self._undo.append((setattr, item.bit_generator, "state", item.bit_generator.state))
+        else:
+            self._undo.append((item.set_state, item.get_state()))
+        return iter(())
+
+    def _function(self, item: Any) -> Iterator[_Way]:
+        if isinstance(item, functools.partial):
+            yield from ((value, "(…)", None) for value in (item.func, item.args, item.keywords))
         elif isinstance(item, types.MethodType):
-            yield item.__self__, f"{path}.__self__"
-        elif isinstance(item, types.FunctionType):
-            for cell in item.__closure__ or ():
-                yield from self._look_into_cell(cell, path)
-        elif isinstance(item, Iterator) and not isinstance(item, io.IOBase):
-            raise CannotReplayError(
-                f"{path} is an iterator ({type(item).__name__}). If training_step draws from it, replaying the step "
-                "would take what belongs to the run. Pass loss= (a function of module and batch)."
-            )
-        elif isinstance(item, nn.Module) or not type(item).__module__.startswith(_FRAMEWORKS):
-            attributes = getattr(item, "__dict__", None)
-            if isinstance(attributes, dict):
-                yield attributes, path
-            for name in _slots(type(item)):  # type: ignore[arg-type]
-                if hasattr(item, name):
-                    value = getattr(item, name)
-                    self._undo.append(functools.partial(_restore_attribute, item, name, value))
-                    yield value, f"{path}.{name}"
+            yield item.__self__, ".__self__", None
+        else:
+            yield from ((value, "(…)", None) for value in (item.__defaults__, item.__kwdefaults__))
+            names = item.__code__.co_freevars
+            for name, cell in zip(names, item.__closure__ or (), strict=False):
+                try:
+                    value = cell.cell_contents
+                except ValueError:  # still empty
+                    continue
+                self._undo.append((setattr, cell, "cell_contents", value))
+                if isinstance(value, Tensor):
+                    self._note_place(value, setattr, cell, "cell_contents")
+                yield value, " (variable {})", name
+        yield from self._attributes(item)
 
-    def _look_into_cell(self, cell: Any, path: str) -> Iterator[tuple[object, str]]:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # still empty
-            return
-        self._undo.append(functools.partial(setattr, cell, "cell_contents", value))
-        yield value, f"{path}.__closure__"
+    def _module(self, item: nn.Module) -> Iterator[_Way]:
+        yield from self._object(item)
+        for kind in type(item).__mro__:
+            if kind is object or kind in self._classes or kind.__module__.startswith(_FRAMEWORKS):
+                continue
+            self._classes.add(kind)
+            for name, value in vars(kind).items():  # `losses = []` in a class is state of its modules, too
+                if isinstance(value, _VARIABLES) and not name.startswith("__"):
+                    self._undo.append((_restore_attribute, kind, name, value))
+                    yield value, ".{}", name
+
+    def _object(self, item: Any) -> Iterator[_Way]:
+        yield from self._attributes(item)
+        for name in _slots(type(item)):  # type: ignore[arg-type]
+            value = getattr(item, name, _ABSENT)
+            self._undo.append((_restore_slot, item, name, value))
+            if isinstance(value, Tensor):
+                self._note_place(value, object.__setattr__, item, name)
+            yield value, ".{}", name
+
+    def _attributes(self, item: Any) -> Iterator[_Way]:
+        attributes = getattr(item, "__dict__", None)
+        if isinstance(attributes, dict):
+            yield from self._mapping(attributes, ".{}")
+
+    def _note_place(self, tensor: Tensor, put: Callable[..., object], *where: object) -> None:
+        if tensor.requires_grad and tensor.is_leaf:
+            self.places.setdefault(id(tensor), []).append(functools.partial(put, *where))
 
 
-_PLAIN: tuple[type, ...] = (
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type,
-    range,
-    types.ModuleType,
-    types.BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    torch.Size,
+# Without state of their own, and by far the most frequent.
+_PLAIN = frozenset(
+    {
+        *(int, float, complex, bool, str, bytes, range, type(None), type(...), type, object),
+        *(types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size),
+    }
 )
+
+_CONTAINERS = (dict, OrderedDict, set, list)
+
+# What counts as a variable of a class.
+_VARIABLES = (int, float, str, type(None), list, tuple, dict, set, deque, Tensor, np.ndarray)
 
 # Not the module's state, or not to be looked into: other threads may use them.
 _SKIPPED: tuple[type, ...] = (
+    *(type, int, float, str, bytes, torch.Size),
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
     torch.utils.data.DataLoader,
@@ -208,34 +255,46 @@ _SKIPPED: tuple[type, ...] = (
     io.IOBase,
 )
 
-
 # Objects of these packages that are not modules work between steps and ranks; they are not the module's state.
-_FRAMEWORKS = ("torch.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "dynwatch.", "threading", "asyncio")
+_FRAMEWORKS = ("torch.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "threading", "asyncio", "builtins")
+
+_ABSENT = object()
 
 
 @functools.lru_cache(maxsize=4096)
 def _slots(kind: type) -> tuple[str, ...]:
-    if kind.__module__ == "builtins":
-        return ()
     found: list[str] = []
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
+        for name in [slots] if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
+def _written_out(path: Any) -> str:
+    """Where something was found, as one would write it in code."""
+    parts: list[str] = []
+    while path is not None:
+        path, form, key = path
+        parts.append(form.format(key))
+    return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", "".join(reversed(parts)))
+
+
 def _restore_tensor(tensor: Tensor, memory: Tensor, requires_grad: bool) -> None:
-    if _pointer(tensor) != _pointer(memory) or tensor.shape != memory.shape:
+    if memory_of(tensor) != memory_of(memory) or tensor.shape != memory.shape:
         tensor.data = memory  # was replaced by assignment to .data
     if tensor.is_leaf and tensor.requires_grad != requires_grad:
         tensor.requires_grad_(requires_grad)
 
 
 def _restore_dict(item: dict[Any, Any], before: dict[Any, Any]) -> None:
-    same = len(item) == len(before) and all(a is b and item[a] is before[b] for a, b in zip(item, before, strict=True))
-    if not same:
-        item.clear()
-        item.update(before)
+    # Not through methods that a subclass may have changed; an OrderedDict keeps its order in its own.
+    plain: Any = OrderedDict if isinstance(item, OrderedDict) else dict
+    pairs = zip(plain.items(item), before.items(), strict=False)
+    if len(item) != len(before) or not all(a is b and now is then for (a, now), (b, then) in pairs):
+        plain.clear(item)
+        plain.update(item, before)
 
 
 def _restore_sequence(item: list[Any] | deque[Any], before: list[Any]) -> None:
@@ -250,6 +309,15 @@ def _restore_set(item: set[Any], before: set[Any]) -> None:
         item.update(before)
 
 
-def _restore_attribute(item: object, name: str, value: object) -> None:
+def _restore_attribute(item: Any, name: str, value: object) -> None:
     if getattr(item, name, None) is not value:
         setattr(item, name, value)
+
+
+def _restore_slot(item: object, name: str, value: object) -> None:
+    if getattr(item, name, _ABSENT) is value:
+        return
+    if value is _ABSENT:
+        object.__delattr__(item, name)
+    else:
+        object.__setattr__(item, name, value)

@@ -52,6 +52,7 @@ class Stream:
         self.members: list[Monitor] = []
         self.series: dict[str, Series] = {}
         self.reasons: dict[str, str] = {}  # why a tag has no value
+        self.remarks: dict[str, str] = {}  # what to know about readings that have one, by subject
         self.told: set[str] = set()  # the tags of which that was said, also before a resume
         self.flush_every_n_steps = 0  # 0: as often as the Trainer logs
         self._pending: list[Entry] = []
@@ -292,9 +293,17 @@ class Stream:
             self._own_seconds += time.perf_counter() - start
             self._measuring = False
 
+    def elapsed(self) -> float:
+        """Seconds since training started."""
+        return time.perf_counter() - self._started
+
+    def own_seconds(self) -> float:
+        """Of these, what was spent in dynwatch, as the host sees it."""
+        return self._own_seconds
+
     def overhead(self) -> float:
         """Share of the time since training started that was spent in dynwatch, as the host sees it."""
-        return self._own_seconds / max(time.perf_counter() - self._started, 1e-9)
+        return self._own_seconds / max(self.elapsed(), 1e-9)
 
 
 _streams: WeakKeyDictionary[Trainer, Stream] = WeakKeyDictionary()

@@ -9,6 +9,7 @@ from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
+from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.report import print_start, print_summary
 from dynwatch.callbacks.stream import Stream
@@ -21,7 +22,7 @@ class DynWatch(Callback):
     starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
     summary with the key figures, its own cost and the verdict.
 
-    Logs everything that `GradientNormMonitor`, `ActivationMonitor` and `EarlyTermination` log, and
+    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor` and `EarlyTermination` log, and
     `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it, as often as the
     Trainer logs.
 
@@ -33,6 +34,9 @@ class DynWatch(Callback):
         report: Print to the terminal.
         activations: Watch ReLU units that stop firing; an `ActivationMonitor` of your own replaces the
             default one, `False` leaves it out.
+        hessian: Watch curvature; a `HessianMonitor` of your own replaces the default one, `False` leaves it out.
+        max_overhead: The most of the run's time that costly monitors may take, as a share: they read less often to
+            keep it. One whose `every_n_steps` you set yourself is not held back.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -47,11 +51,14 @@ class DynWatch(Callback):
         stop: bool | EarlyTermination = True,
         report: bool = True,
         activations: bool | ActivationMonitor = True,
+        hessian: bool | HessianMonitor = True,
+        max_overhead: float = 0.05,
     ) -> None:
         super().__init__()
         for argument, value, kind in (
             ("gradients", gradients, GradientNormMonitor),
             ("activations", activations, ActivationMonitor),
+            ("hessian", hessian, HessianMonitor),
             ("stop", stop, EarlyTermination),
         ):
             if not isinstance(value, (bool, kind)):
@@ -61,12 +68,17 @@ class DynWatch(Callback):
             self.monitors.append(GradientNormMonitor() if gradients is True else gradients)
         if activations:
             self.monitors.append(ActivationMonitor() if activations is True else activations)
+        # Made in any case, so that a wrong max_overhead is told.
+        default_hessian = HessianMonitor(max_overhead=max_overhead)
+        if hessian:
+            self.monitors.append(default_hessian if hessian is True else hessian)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
             raise ValueError(
-                "DynWatch(gradients=False, stop=False, activations=False) watches nothing: turn one on or leave it out."
+                "DynWatch(gradients=False, stop=False, activations=False, hessian=False) watches nothing: turn one on "
+                "or leave it out."
             )
         self.report = report
         if self.early_termination and not report:

@@ -19,8 +19,9 @@ Stream = list[tuple[int, dict[str, float]]]
 
 LOSS, VAL_LOSS, GRADIENT, WEIGHTS = "stop/loss", "stop/val_loss", "stop/grad_norm", "stop/weight_norm"
 SCALER, LR, LR_LOW, PROGRESS, IDLE = "stop/scaler", "stop/lr", "stop/lr_low", "stop/progress", "stop/idle_parameters"
+RATIO, CRITICAL = "hessian/sharpness_ratio", "hessian/critical_lr"
 LAYERS = [f"{kind}{name}" for kind in ("grad_norm/layer/", "update_ratio/", "activation/dead/") for name in "abcd"]
-SHARED = [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, SCALER, LR, LR_LOW, PROGRESS, IDLE]
+SHARED = [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, SCALER, LR, LR_LOW, PROGRESS, IDLE, RATIO, CRITICAL]
 UNKNOWN = ["", "loss", "stop/", "stop/loss/a", "grad_norm", "update_ratio", "activation/", "u", "ga", "é"]
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -38,6 +39,7 @@ IMPATIENT: dict[str, dict[str, Any]] = {
     "no_learning": {"share": 0.1, "min_readings": 16, "without_budget": 16},
     "plateau": {"min_readings": 32, "tolerance": 0.5},
     "overfitting": {"patience": 4, "tolerance": 0.0},
+    "sharpness": {"patience": 2, "margin": 1.0},
 }
 
 
@@ -83,11 +85,15 @@ def tail(base: int) -> list[dict[str, float]]:
             GRADIENT: 1.0 if i < 6 else 1e6,
             "update_ratio/a": 0.0,
             "update_ratio/b": 1.0,
+            RATIO: 2.0,
+            CRITICAL: 0.1,
+            LR: 0.3,
             **{f"grad_norm/layer/{layer}": 0.01**k for k, layer in zip((3, 2, 1, 0), "abcd", strict=True)},
         }
         for i in range(base)
     ]
-    return [*falling, *[{LOSS: 90.0 + i} for i in range(4)], {LOSS: math.nan}]
+    rising = [{LOSS: 90.0 + 10 * i, RATIO: 2.0} for i in range(12)]
+    return [*falling, *rising, {LOSS: math.nan}]
 
 
 @each_rule
@@ -157,6 +163,12 @@ def ratios(slow: float) -> dict[str, float]:
     return {"update_ratio/a": slow, "update_ratio/b": 1e-3, PROGRESS: 0.1}
 
 
+def curved(ratio: float, losses: list[float]) -> list[dict[str, float]]:
+    """Losses, with curvature at every fifth of them."""
+    now = {RATIO: ratio, CRITICAL: 0.3 / ratio, LR: 0.3}
+    return [{LOSS: loss, **(now if i % 5 == 0 else {})} for i, loss in enumerate(losses)]
+
+
 POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "non_finite": (constant(40, loss=1.0, norm=1.0), [{LOSS: math.nan}]),
     "divergence": (constant(40, loss=2.0), constant(30, loss=80.0)),
@@ -176,6 +188,7 @@ POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
         [{LOSS: 2.0 / (1 + i), VAL_LOSS: 1.5 - 0.1 * i} for i in range(6)],
         [{LOSS: 2.0 / (1 + i), VAL_LOSS: 0.9 + 0.05 * (i - 5)} for i in range(6, 30)],
     ),
+    "sharpness": (curved(1.1, [2.0 - i / 40 for i in range(60)]), curved(2.1, [0.5 * 1.02**i for i in range(150)])),
 }
 
 
@@ -302,7 +315,9 @@ def test_the_ends_of_the_floats_break_no_rule(name: str, course: str) -> None:
     for arguments in ({}, IMPATIENT[name]):
         rule = make(name, **arguments)
         for i in range(300):
-            readings = dict.fromkeys([LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, *LAYERS], HUGE[course](i))
+            readings = dict.fromkeys(
+                [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, RATIO, CRITICAL, *LAYERS], HUGE[course](i)
+            )
             text(rule.update(i, {**readings, PROGRESS: 0.5, LR: abs(readings[LOSS]), LR_LOW: readings[LOSS]}, {}))
 
 
@@ -366,6 +381,8 @@ def test_an_argument_out_of_bounds_is_an_error(kind: Callable[..., Rule], argume
         ("plateau", "converged", 1.0),
         ("overfitting", "patience", 3),
         ("overfitting", "tolerance", 1.0),
+        ("sharpness", "patience", 1),
+        ("sharpness", "margin", 0.99),
     ],
 )
 def test_a_bound_is_where_it_is_said_to_be(name: str, argument: str, value: float) -> None:

@@ -16,6 +16,7 @@ from dynwatch.rules.overfitting import Overfitting
 from dynwatch.rules.plateau import Plateau
 from dynwatch.rules.replaying import Outcome, replay_readings
 from dynwatch.rules.rulebook import Rulebook, apply_actions
+from dynwatch.rules.sharpness import Sharpness
 from dynwatch.rules.stop_when import StopWhen
 from dynwatch.rules.vanishing_gradients import VanishingGradients
 
@@ -35,6 +36,7 @@ __all__ = [
     "Replayed",
     "Rule",
     "Rulebook",
+    "Sharpness",
     "StopWhen",
     "VanishingGradients",
     "Verdict",
@@ -64,4 +66,5 @@ def default_rules() -> list[Rule]:
         NoLearning(),
         Plateau(),
         Overfitting(),
+        Sharpness(),
     ]

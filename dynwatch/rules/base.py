@@ -63,6 +63,7 @@ class Rule(ABC):
     Attributes:
         name: Unique among the rules of a run; verdicts stand in TensorBoard at `stop/<name>`.
         reads: Tags of the readings that the rule looks at; one that ends in "/" stands for all tags below it.
+        needs: Those of `reads` without any one of which it can judge nothing; empty if any one of `reads` is enough.
         action: What is done about its verdicts: "stop", "warn" or "shadow".
         kept: Names of the attributes that make its state.
 
@@ -77,6 +78,7 @@ class Rule(ABC):
 
     name: str
     reads: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     action: Action = "stop"
     kept: ClassVar[tuple[str, ...]] = ()
 

@@ -9,6 +9,7 @@ from statistics import median
 
 from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.rules.critical_lr import CriticalRate
 from dynwatch.trends import RobustWindow
 
 
@@ -33,6 +34,8 @@ class Divergence(Rule):
     * It does not fire while the loss comes back: while the second half of the last `patience` losses lies
       more than a tenth closer to the band's centre than the first half (in medians).
 
+    The advice compares the learning rate with the critical one, if that was measured (see `CriticalRate`).
+
     Args:
         patience: Losses outside the band in a row before it fires.
         window: Losses in the history.
@@ -55,8 +58,9 @@ class Divergence(Rule):
     """
 
     name = "divergence"
-    reads = (tags.LOSS,)
-    kept = ("limit", "_first", "_inside", "_outside", "_latest_outside", "_recent")
+    reads = (tags.LOSS, tags.CRITICAL_LR)
+    needs = (tags.LOSS,)
+    kept = ("limit", "_first", "_inside", "_outside", "_latest_outside", "_recent", "_critical")
     _BEGIN, _TIMES, _FARTHEST = 5, 3.0, 10.0
 
     def __init__(
@@ -80,8 +84,10 @@ class Divergence(Rule):
         self._outside = 0
         self._latest_outside: deque[float] = deque(maxlen=patience)
         self._recent = Recent(tags.LOSS)
+        self._critical = CriticalRate()
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        self._critical.take(step, readings, calm=not self._outside)
         loss = readings.get(tags.LOSS)
         if loss is None:
             return None
@@ -105,7 +111,8 @@ class Divergence(Rule):
             step,
             f"The loss is {loss:.4g} at step {step} and has been above {self.limit:.4g} for {self._outside} steps; "
             f"it began at {median(self._first[: self._BEGIN]):.4g} and its usual value was {self._inside.median:.4g}.",
-            "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
+            self._critical.words(step)
+            + "Lower the learning rate or lengthen its warm-up, clip the gradient if it is not clipped yet "
             "(Trainer(gradient_clip_val=1.0)); resume from a checkpoint of before the rise, if there is one. If the "
             "loss rises by its nature or because you changed it, EarlyTermination(actions={'divergence': 'warn'}) "
             "lets it.",

@@ -8,6 +8,7 @@ from statistics import median
 
 from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.rules.critical_lr import CriticalRate
 from dynwatch.trends import RobustWindow
 
 
@@ -19,7 +20,8 @@ class GradientExplosion(Rule):
     `warm_up` norms and the median over the last `window` norms inside. So one scale serves a run whose
     gradients grow as it learns, and a slow growth without end is found all the same. Fires after
     `patience` norms outside in a row. A non-finite norm counts as outside, except under a gradient
-    scaler, where it is routine and left out.
+    scaler, where it is routine and left out. The advice compares the learning rate with the critical
+    one, if that was measured (see `CriticalRate`).
 
     Args:
         patience: Norms outside in a row before it fires.
@@ -40,8 +42,9 @@ class GradientExplosion(Rule):
     """
 
     name = "gradient_explosion"
-    reads = (tags.GRADIENT, tags.SCALER)
-    kept = ("_first", "_inside", "_outside", "_recent")
+    reads = (tags.GRADIENT, tags.SCALER, tags.CRITICAL_LR)
+    needs = (tags.GRADIENT,)
+    kept = ("_first", "_inside", "_outside", "_recent", "_critical")
     _DRIFT = 10.0
 
     def __init__(
@@ -63,8 +66,10 @@ class GradientExplosion(Rule):
         self._inside = RobustWindow(window)
         self._outside = 0
         self._recent = Recent(tags.GRADIENT)
+        self._critical = CriticalRate()
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        self._critical.take(step, readings, calm=not self._outside)
         norm = readings.get(tags.GRADIENT)
         finite = norm is not None and math.isfinite(norm)
         if norm is None or (not finite and readings.get(tags.SCALER)):
@@ -88,7 +93,8 @@ class GradientExplosion(Rule):
             step,
             f"The gradient norm is {norm:.4g} at step {step} and has been more than {self.factor:g} times its usual "
             f"{usual:.4g} for {self._outside} steps.",
-            "Clip the gradient (Trainer(gradient_clip_val=1.0)) and lower the learning rate or lengthen its warm-up; "
+            self._critical.words(step)
+            + "Clip the gradient (Trainer(gradient_clip_val=1.0)) and lower the learning rate or lengthen its warm-up; "
             "in a recurrent or very deep network look at the initialisation and at normalisation.",
             self._recent,
         )

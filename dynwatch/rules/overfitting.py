@@ -85,10 +85,10 @@ class Overfitting(Rule):
             return None
         # The best one was chosen as the lowest, so it is no witness of a rise; and in noise it is far below the others.
         rises = mann_kendall(self._since_best[1:]) > self._TREND and mann_kendall(self._train) < -self._TREND
-        least = max(self.tolerance * gain, self._NOISE * _noise([value for _, value in self._val_recent]))
+        least = max(self.tolerance * gain, self._NOISE * spread_of_steps([value for _, value in self._val_recent]))
         if not rises or not min(self._since_best[-3:]) > best + least:
             return None
-        if not max(self._train[-3:]) < self._train[0] - self._TRAIN_NOISE * _noise(self._train):
+        if not max(self._train[-3:]) < self._train[0] - self._TRAIN_NOISE * spread_of_steps(self._train):
             return None
         return self.verdict(
             step,
@@ -101,8 +101,16 @@ class Overfitting(Rule):
         )
 
 
-def _noise(numbers: Sequence[float]) -> float:
-    """Robust σ of noise around a slow change, from the differences of neighbours."""
+def spread_of_steps(numbers: Sequence[float]) -> float:
+    """Robust σ of noise around a slow change, from the differences of neighbours.
+
+    Args:
+        numbers: [n] numbers in order, two or more.
+
+    Example:
+        >>> spread_of_steps([1.0, 2.0, 3.0, 4.0])
+        0.0
+    """
     steps = [later - earlier for earlier, later in pairwise(numbers)]
     middle = median(steps)
     return MAD_TO_SIGMA * median([abs(step - middle) for step in steps]) / math.sqrt(2)

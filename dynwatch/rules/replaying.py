@@ -30,9 +30,10 @@ class Outcome:
         saved: Share of the budget that a stop at this step saves.
         verdict: Its first verdict.
         fired: At how many steps it has something to object to.
-        missing: Tags of `rule.reads` that the log does not have, so that "never fired" is not taken for "had
-            nothing to read"; one that ends in "/" stands for all tags below it.
+        missing: Tags of `rule.needs`, or of `rule.reads` if it needs none in particular, that the log does not have,
+            so that "never fired" is not taken for "had nothing to read"; one that ends in "/" stands for all below it.
         failed: What the rule raised, after which it was not asked any more.
+        needs: The rule's `needs`.
 
     Example:
         >>> Outcome("run", "divergence", "stop", missing=("stop/loss",)).step is None
@@ -49,10 +50,13 @@ class Outcome:
     reads: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     failed: str = ""
+    needs: tuple[str, ...] = ()
 
     @property
     def nothing_to_read(self) -> bool:
-        """Whether the log has nothing that the rule reads, the spent share of the budget aside."""
+        """Whether the log lacks what the rule needs, or has nothing that it reads but the share spent."""
+        if self.needs:
+            return bool(self.missing)
         return bool(self.reads) and set(self.reads) <= {*self.missing, tags.PROGRESS}
 
 
@@ -164,9 +168,13 @@ def replay_readings(
                 if verdict is None:
                     first, verdict = step, found
         saved = None if first is None else max(0.0, 1 - (first + 1) / budget)
-        missing = tuple(tag for tag in rule.reads if not is_known(tag, known))
+        missing = tuple(tag for tag in rule.needs or rule.reads if not is_known(tag, known))
         failed = book.failed.get(rule.name, "")
-        outcomes.append(Outcome(run, label, rule.action, first, saved, verdict, fired, rule.reads, missing, failed))
+        outcomes.append(
+            Outcome(
+                run, label, rule.action, first, saved, verdict, fired, rule.reads, missing, failed, needs=rule.needs
+            )
+        )
     return outcomes
 
 

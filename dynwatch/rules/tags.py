@@ -19,6 +19,12 @@ UPDATE_RATIO = "update_ratio/"
 DEAD_UNITS = "activation/dead/"
 IDLE = "stop/idle_parameters"  # share of trainable parameters that no optimizer moves
 
+# Curvature, at sparse steps: with λ the largest eigenvalue of the training Hessian (or of its preconditioned form),
+SHARPNESS_RATIO = "hessian/sharpness_ratio"  # λ over the λ at which the optimizer at its present rate becomes unstable
+CRITICAL_LR = "hessian/critical_lr"  # the learning rate at which that happens
+LAMBDA_MAX = "hessian/lambda_max"  # λ itself
+BATCH_SHARPNESS = "hessian/batch_sharpness"  # gᵀHg / gᵀg of a training batch
+
 # All of the above, which no metric of the user's and no rule may be called.
 OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))
 

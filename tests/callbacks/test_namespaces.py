@@ -14,7 +14,7 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from dynwatch.callbacks import DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import DynWatch, EarlyTermination, GradientNormMonitor, HessianMonitor
 from dynwatch.rules import Divergence
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
@@ -63,8 +63,9 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (lambda: DynWatch(GradientNormMonitor(every_n_steps=1), report=False), "grad_norm/total"),
         (lambda: GradientNormMonitor(every_n_steps=1), "grad_norm/total"),
         (EarlyTermination, "stop/loss"),
+        (lambda: HessianMonitor(every_n_steps=1), "hessian/lambda_max"),
     ],
-    ids=["DynWatch", "GradientNormMonitor", "EarlyTermination"],
+    ids=["DynWatch", "GradientNormMonitor", "EarlyTermination", "HessianMonitor"],
 )
 def test_both_trainers_take_each_callback(pl: ModuleType, tmp_path: Path, make: Any, tag: str) -> None:
     """A Trainer of either namespace accepts the callback as its own, and its TensorBoardLogger gets the readings."""
@@ -121,6 +122,15 @@ trainer:
             every_n_steps: 3
             norm_type: .inf
             layers: [net]
+        hessian:
+          class_path: dynwatch.callbacks.HessianMonitor
+          init_args:
+            every_n_steps: 2
+            probe_batch: current
+            tol: 0.05
+            method: exact
+            storage: bfloat16
+            batch_sizes: [4, 1024]
         stop:
           class_path: dynwatch.callbacks.EarlyTermination
           init_args:
@@ -140,15 +150,19 @@ trainer:
     )
     cli = build(pl, tmp_path, f"--config={config}")
     watch = the_watch(cli)
-    gradients, _, stop = watch.monitors
+    gradients, _, hessian, stop = watch.monitors
     assert isinstance(gradients, GradientNormMonitor) and isinstance(stop, EarlyTermination)
     assert (gradients.every_n_steps, gradients.norm_type, gradients.layers) == (3, float("inf"), ["net"])
+    assert isinstance(hessian, HessianMonitor)
+    assert (hessian.every_n_steps, hessian.probe_batch, hessian.batch_sizes) == (2, "current", [4, 1024])
+    assert (hessian.method, hessian.max_samples) == ("exact", 128)
     assert stop.min_steps == 7
     condition, rule = stop.rules  # YAML reads off as False, and the plateau rule is left out all the same
     assert condition.name == "when_val_loss" and condition.action == "stop"
     assert isinstance(rule, Divergence) and rule.patience == 50 and rule.action == "shadow"
     cli.trainer.fit(cli.model, runs.data())
     assert "grad_norm/layer/net" in cli.trainer.callback_metrics
+    assert "hessian/lambda_max" in cli.trainer.callback_metrics
 
 
 def test_command_line_refuses_a_wrong_type(pl: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

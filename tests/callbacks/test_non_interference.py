@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from bits import differences, train_model
 from pytorch_lightning.plugins.precision import MixedPrecision
-from runs import scalars, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor, HessianMonitor
 from dynwatch.rules import StopWhen
 
 # Metrics of the user's that rules ask for: by step, by epoch, a metric object, and of validation.
@@ -36,6 +34,7 @@ CONDITIONS = {
 MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "gradients": lambda: GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1),
     "activations": lambda: ActivationMonitor(every_n_steps=1),
+    "hessian": lambda: HessianMonitor(every_n_steps=2, full_every_n_readings=2),
     "early_termination": EarlyTermination,
     "user_metrics": lambda: EarlyTermination([StopWhen(c, name, action="warn") for name, c in CONDITIONS.items()]),
     "dynwatch": DynWatch,
@@ -136,91 +135,9 @@ RUNS: dict[str, tuple[type[pl.LightningModule], Callable[[], dict[str, Any]]]] =
 }
 
 
-class Recorder(pl.Callback):
-    """Notes after every batch what a monitor could disturb in passing; added after the monitor."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.logged: list[Any] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        seen = {"rng": _generators(), "metrics": _metric_states(pl_module), "modes": _modes(pl_module)}
-        seen["gradients"] = {name: p.grad for name, p in pl_module.named_parameters()}
-        self.batches.append(_bits(seen))
-        self.logged.append(dict(trainer.logged_metrics))
-
-
-def _generators() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "random": random.getstate()}
-
-
-def _metric_states(module: nn.Module) -> dict[str, Any]:
-    metrics = [(name, metric) for name, metric in module.named_modules() if isinstance(metric, Metric)]
-    return {name: (metric.metric_state, metric._update_count) for name, metric in metrics}
-
-
-def _modes(module: nn.Module) -> dict[str, Any]:
-    modes = {name: child.training for name, child in module.named_modules()}
-    return modes | {f"{name} requires_grad": p.requires_grad for name, p in module.named_parameters()}
-
-
 def train(run: str, folder: Path, *callbacks: pl.Callback) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Train a seeded run; returns the bits of everything it ends with, and the user-visible logs."""
     model_class, settings = RUNS[run]
-    pl.seed_everything(3, verbose=False)
-    images = torch.randn(48, 1, 8, 8)
-    images_and_labels = TensorDataset(images, images[:, 0, 0, :3].argmax(1))
-    model, recorder = model_class(), Recorder()
-    fit = trainer(folder, [*callbacks, recorder], log_every_n_steps=2, **settings())
-    fit.fit(
-        model, DataLoader(images_and_labels, batch_size=8, shuffle=True), DataLoader(images_and_labels, batch_size=16)
-    )
-    checkpoint = fit._checkpoint_connector.dump_checkpoint()
-    del checkpoint["callbacks"]  # the monitor's own state
-    state = {
-        "rng": _generators(),
-        "checkpoint": checkpoint,  # weights, buffers, optimizers, schedules, loops, scaler
-        "batches": recorder.batches,
-    }
-    logs = {
-        "events": scalars(folder / "run"),
-        "callback_metrics": fit.callback_metrics,
-        "progress_bar_metrics": fit.progress_bar_metrics,
-        "logged_metrics": recorder.logged,
-    }
-    return _bits(state), logs
-
-
-def _bits(value: Any, path: str = "") -> dict[str, bytes]:
-    """Every leaf of a nested structure as the bytes that it consists of."""
-    if isinstance(value, dict):
-        return {p: b for key, item in value.items() for p, b in _bits(item, f"{path}/{str(key).lstrip('/')}").items()}
-    if isinstance(value, (list, tuple)):
-        return {p: b for i, item in enumerate(value) for p, b in _bits(item, f"{path}/{i}").items()}
-    if isinstance(value, Tensor):
-        kind = f"{value.dtype}{tuple(value.shape)}".encode()
-        return {path: kind + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()}
-    if isinstance(value, np.ndarray):
-        return {path: f"{value.dtype}{value.shape}".encode() + value.tobytes()}
-    return {path: repr(value).encode()}
-
-
-def differences(
-    bare: tuple[dict[str, bytes], dict[str, Any]], watched: tuple[dict[str, bytes], dict[str, Any]]
-) -> list[str]:
-    """Paths at which two runs differ; in the logs, what the watched run has in addition does not count."""
-    found = [path for path in bare[0].keys() | watched[0].keys() if bare[0].get(path) != watched[0].get(path)]
-    for kind in bare[1]:
-        theirs, ours = bare[1][kind], watched[1][kind]
-        if isinstance(theirs, dict):
-            theirs, ours = [theirs], [ours]
-        for i, (before, after) in enumerate(zip(theirs, ours, strict=True)):
-            missing = before.keys() - after.keys()
-            kept = {tag: after[tag] for tag in before.keys() - missing}
-            bits = _bits({tag: before[tag] for tag in kept}), _bits(kept)
-            changed = [path for path in bits[0].keys() | bits[1].keys() if bits[0].get(path) != bits[1].get(path)]
-            found += [f"/{kind}/{i}/{tag} missing" for tag in missing] + [f"/{kind}/{i}{path}" for path in changed]
-    return sorted(found)
+    return train_model(model_class, settings(), folder, *callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +151,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 def test_a_monitor_changes_no_bit(run: str, monitor: str, bare: Callable[[str], Any], tmp_path: Path) -> None:
     """Weights, buffers, optimizers, random streams, metrics and the user's logs are those of the bare run."""
     watch = MONITORS[monitor]()
+    for part in getattr(watch, "monitors", [watch]):
+        if isinstance(part, HessianMonitor) and RUNS[run][0] is Manual:
+            part.loss = lambda module, batch: module._loss(batch)
     watched = train(run, tmp_path, watch)
     assert differences(bare(run), watched) == []
     for part in getattr(watch, "monitors", [watch]):
@@ -249,6 +169,54 @@ def _flip_a_bit(model: Convolutional) -> None:
 
 def _nudge_momentum(model: Convolutional) -> None:
     next(iter(model.optimizers().state.values()))["exp_avg"].view(torch.int32).view(-1)[0] ^= 1
+
+
+class Keeping(Convolutional):
+    """Keeps a list, a queue in a buffer and its place in it; may raise at the end of a step that is run again."""
+
+    fails_at = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.register_buffer("queue", torch.zeros(5))
+        self.place = 0
+
+    def _loss(self, batch: list[Tensor]) -> Tensor:
+        loss = super()._loss(batch)
+        self.losses.append(loss.detach())
+        self.queue[self.place % 5] = loss.detach() + random.random() + np.random.rand()
+        self.place += 1
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        again, _last_step[0] = _last_step[0] == step, step
+        if again and step >= self.fails_at:
+            self.body.eval()
+            raise RuntimeError("in the middle of a replay")
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = {"losses": self.losses, "place": self.place}
+
+
+_last_step = [-1]  # out of a replay's reach
+
+
+class Failing(Keeping):
+    fails_at = 6
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_module_that_keeps_things_is_left_as_it_was(fails: bool, tmp_path: Path) -> None:
+    """With replays at every step, also where one of them raises at its end, after which the monitor is off."""
+    model_class, runs = Failing if fails else Keeping, []
+    monitor = HessianMonitor(every_n_steps=1, full_every_n_readings=2, max_hvps=4)
+    for name, callbacks in (("bare", []), ("watched", [monitor])):
+        _last_step[0] = -1
+        runs.append(train_model(model_class, {}, tmp_path / name, *callbacks))
+    assert differences(*runs) == []
+    assert any(path.startswith("/checkpoint/kept/losses/11") for path in runs[0][0])
+    assert monitor.off == ("RuntimeError: in the middle of a replay" if fails else None)
+    assert monitor._readings == (7 if fails else 12)
 
 
 INTERFERENCES: dict[str, tuple[Callable[[Convolutional], Any], str]] = {

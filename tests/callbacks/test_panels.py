@@ -13,8 +13,9 @@ import runs
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor
+from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor
 from dynwatch.callbacks.panels import MOST_PINS, Chart, layout, pinned_link
 from dynwatch.callbacks.stream import Stream
 
@@ -38,7 +39,8 @@ def layouts_in(folder: Path) -> list[Layout]:
 def watch(**settings: Any) -> DynWatch:
     """DynWatch with all of its monitors at every step, and quiet."""
     defaults = {"every_n_steps": 1, "update_ratio_every_n_steps": 1}
-    return DynWatch(GradientNormMonitor(**(defaults | settings)), report=False)
+    hessian = HessianMonitor(every_n_steps=3, full_every_n_readings=2)
+    return DynWatch(GradientNormMonitor(**(defaults | settings)), hessian=hessian, report=False)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,11 @@ def test_a_run_has_one_layout_and_each_of_its_charts_has_data(tmp_path: Path) ->
     fit = runs.trainer(tmp_path, [watch()], max_epochs=6, accumulate_grad_batches=2, gradient_clip_val=0.1)
     fit.fit(runs.Classifier(), runs.data())
     (written,) = layouts_in(tmp_path)
-    assert [category.title for category in written.category] == ["dynwatch · gradients", "dynwatch · run"]
-    patterns = [tag for category in written.category for chart in category.chart for tag in chart.multiline.tag]
+    categories = ["dynwatch · gradients", "dynwatch · curvature", "dynwatch · run"]
+    assert [category.title for category in written.category] == categories
+    charts = [chart for category in written.category for chart in category.chart]
+    bands = [re.escape(tag) + "$" for c in charts for s in c.margin.series for tag in (s.value, s.lower, s.upper)]
+    patterns = [tag for chart in charts for tag in chart.multiline.tag] + bands
     logged = runs.scalars(tmp_path / "run").keys()
     assert [p for p in patterns if not any(matches([p], tag) for tag in logged)] == []
     assert {tag for tag in logged if not matches(patterns, tag)} == {"epoch", "train_loss"}
@@ -166,3 +171,45 @@ def test_a_refused_layout_costs_only_the_panels(
 def test_charts_of_a_stream_without_members_are_its_own_cost() -> None:
     """The stream itself declares the chart of dynwatch's overhead."""
     assert [chart.tags for chart in Stream().charts()] == [("dynwatch/overhead",)]
+
+
+def test_a_margin_chart_names_its_tags_as_they_are(tmp_path: Path) -> None:
+    """Value, lower and upper end reach the event file unescaped, beside an ordinary chart of the same category."""
+    tags = ("a+b[c]|d$", "hessian/lambda_max (low)", "λ high")
+    charts = [Chart("c", "λ", tags, margin=True), Chart("c", "all", ("hessian/",))]
+    assert layout(charts) == {"c": {"λ": ["Margin", list(tags)], "all": ["Multiline", ["hessian/"]]}}
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_custom_scalars(layout(charts))
+    (written,) = layouts_in(tmp_path)
+    margin, lines = written.category[0].chart
+    assert [(s.value, s.lower, s.upper) for s in margin.margin.series] == [tags]
+    assert (margin.HasField("multiline"), lines.HasField("margin")) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        (),
+        ("a",),
+        ("a", "b"),
+        ("a", "b", "c", "d"),
+        ("a", "b/", "c"),
+        ("a", "", "c"),
+        "abc",
+        ["a", "b", "c"],
+        ("a", 1, "c"),
+    ],
+    ids=repr,
+)
+def test_a_margin_chart_of_other_tags_is_an_error(tags: Any) -> None:
+    """The message has the tags, the chart's title, and what they must be; without a margin they pass."""
+    with pytest.raises(ValueError, match=re.escape(f"tags={tags!r} of the margin chart 't' must be three exact tags")):
+        Chart("c", "t", tags, margin=True)
+    Chart("c", "t", tags)
+
+
+def test_a_margin_chart_of_a_value_with_a_parenthesis_is_an_error() -> None:
+    """TensorBoard would show an empty chart of it; the tags of the band's ends may have one."""
+    with pytest.raises(ValueError, match="must begin with a value without parentheses, of which TensorBoard draws"):
+        Chart("c", "t", ("a (b)", "c", "d"), margin=True)
+    Chart("c", "t", ("a", "c (d)", "e (f)"), margin=True)

@@ -16,8 +16,10 @@ import pytest
 import runs
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor
+from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor
+from dynwatch.callbacks.panels import Chart, layout
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.browser
 
 PATIENCE_MS = 60_000
 CARD = "tf-custom-scalar-multi-line-chart-card"
+MARGIN_CARD = "tf-custom-scalar-margin-chart-card"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     with contextlib.redirect_stdout(terminal):
         for name, bad_at in (("good", None), ("poor", 5)):
             torch.manual_seed(0)
-            watch = DynWatch(GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1))
+            hessian = HessianMonitor(every_n_steps=2, full_every_n_readings=1)
+            watch = DynWatch(GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1), hessian=hessian)
             logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
             trainer = runs.trainer(folder, [watch], logger=logger, gradient_clip_val=1.0, max_epochs=5)
             trainer.fit(runs.Classifier(bad_at=bad_at), runs.data())
@@ -100,6 +104,17 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
             "Share of steps clipped",
             "Share of non-finite gradient entries",
         ],
+        "dynwatch · curvature": [
+            "Sharpness ratio (1 is the edge of stability)",
+            "Critical learning rate",
+            "Batch sharpness",
+            "Smallest Hessian eigenvalue",
+            "Trace of the Hessian",
+            "Learning rate and momentum for the spectrum",
+            "Errors",
+            "Hessian-vector products of a reading",
+            "Critical learning rate by batch size",
+        ],
         "dynwatch · run": [
             "Loss, and the limit above which it diverges",
             "Share of the run's time spent in dynwatch",
@@ -114,6 +129,8 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
         "Gradient norm by layer",
         "Update-to-weight ratio by layer",
         "Loss, and the limit above which it diverges",
+        "Learning rate and momentum for the spectrum",
+        "Critical learning rate by batch size",
     ],
 )
 def test_a_chart_draws_its_curves(seen: Seen, page: Page, title: str) -> None:
@@ -132,13 +149,49 @@ def test_a_chart_draws_its_curves(seen: Seen, page: Page, title: str) -> None:
     pytest.fail(f"{title!r} has lines of {lengths} points")
 
 
+def test_the_largest_eigenvalue_is_drawn_in_its_error_bar(seen: Seen, page: Page) -> None:
+    """The chart has a curve of the good run's twenty readings, in a band with two edges of as many points."""
+    page.goto(f"{seen.address}/#custom_scalars&_smoothingWeight=0")
+    show_all_categories(page)
+    card = page.locator(MARGIN_CARD, has_text="Largest Hessian eigenvalue, with its error bar")
+    card.scroll_into_view_if_needed()
+    drawn: dict[str, list[int]] = {}
+    for _ in range(PATIENCE_MS // 200):
+        drawn = {
+            kind: [
+                len(set(re.findall(r"[\d.-]+,[\d.-]+", path.get_attribute("d") or "")))
+                for path in card.locator(f"path.{kind}").all()
+            ]
+            for kind in ("line", "area")
+        }
+        if max(drawn["area"], default=0) >= 30 and max(drawn["line"], default=0) >= 15:
+            return
+        page.wait_for_timeout(200)
+    pytest.fail(f"the chart has lines and areas of {drawn} points")
+
+
+def test_the_spectrum_is_shown_as_a_picture(seen: Seen, page: Page) -> None:
+    """The Time Series tab has an image card of the density, in its own size."""
+    page.goto(f"{seen.address}/#timeseries&tagFilter=hessian%2Fdensity")
+    picture = page.locator("image-card img").first
+    picture.wait_for()
+    size: list[int] = []
+    for _ in range(PATIENCE_MS // 200):
+        size = picture.evaluate("img => [img.naturalWidth, img.naturalHeight]")
+        if size == [840, 440]:
+            return
+        page.wait_for_timeout(200)
+    pytest.fail(f"the picture has size {size}")
+
+
 def test_printed_link_opens_tensorboard_with_our_cards_pinned(seen: Seen, page: Page) -> None:
     """The link from the terminal, with the port of this TensorBoard, shows our main cards in the pinned section."""
     page.goto(seen.link.replace("http://localhost:6006", seen.address))
     pinned = page.locator("metrics-pinned-view")
-    for tag in ("grad_norm/total", "grad_norm/clip_fraction", "stop/loss"):
+    main = ("grad_norm/total", "grad_norm/clip_fraction", "hessian/sharpness_ratio", "hessian/lambda_max", "stop/loss")
+    for tag in main:
         pinned.locator("card-view", has_text=tag).wait_for()
-    assert pinned.locator("card-view").count() == 3
+    assert pinned.locator("card-view").count() == len(main)
 
 
 def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page) -> None:
@@ -148,3 +201,34 @@ def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page)
     loader.get_by_text("non_finite at step 5").wait_for()
     assert loader.count() == 1
     loader.get_by_text("poor", exact=True).wait_for()
+
+
+def test_a_margin_chart_draws_a_curve_in_a_band(chromium: str, page: Page, tmp_path: Path) -> None:
+    """From three tags with characters that mean something in a pattern, and nothing from a tag that begins alike."""
+    middle, low, high = "hessian/λ+max", "hessian/λ (low)", "hessian/λ|high$"
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        writer.add_custom_scalars(layout([Chart("curvature", "Largest eigenvalue", (middle, low, high), margin=True)]))
+        for step in range(0, 200, 10):
+            value = 5 + (step / 40) ** 2 % 3
+            for tag, scalar in ((middle, value), (low, value - 1), (high, value + 1), (f"{middle}/other", 9.0)):
+                writer.add_scalar(tag, scalar, step)
+    with browser.tensorboard(tmp_path, ["run"]) as address:
+        page.goto(f"{address}/#custom_scalars&_smoothingWeight=0")
+        show_all_categories(page)
+        card = page.locator(MARGIN_CARD, has_text="Largest eigenvalue")
+        card.scroll_into_view_if_needed()
+        drawn: dict[str, list[int]] = {}
+        for _ in range(PATIENCE_MS // 200):
+            drawn = {
+                kind: [
+                    len(set(re.findall(r"[\d.-]+,[\d.-]+", path.get_attribute("d") or "")))
+                    for path in card.locator(f"path.{kind}").all()
+                ]
+                for kind in ("line", "area")
+            }
+            if drawn["area"] == [40] and 20 in drawn["line"]:  # a band has two edges of 20 points
+                break
+            page.wait_for_timeout(200)
+        else:
+            pytest.fail(f"the chart has lines and areas of {drawn} points")
+        assert card.locator(".match-list-entry").count() == 1

@@ -1,0 +1,243 @@
+"""From a replayed training step to its Hessian as an operator, by the best way that the model allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dynwatch.callbacks.replay import Replay, local_part
+from dynwatch.constants import widest_float
+from dynwatch.operators import (
+    Operator,
+    RankFailure,
+    flatten,
+    hessian,
+    hessian_by_differences,
+    mean_over_ranks,
+    sharded,
+    shares_of,
+    unflatten,
+    vector_dtype,
+)
+
+Method = Literal["auto", "exact", "differences"]
+
+# Backward nodes of functions that are linear in pieces; where they bend, differences see curvature that is not there.
+_KINKS = (
+    *("relu", "leakyrelu", "rrelu", "prelu", "threshold", "hardtanh", "hardsigmoid", "hardswish"),
+    *("clamp", "max", "min", "amax", "amin", "adaptivemaxpool", "fractionalmaxpool", "abs"),
+)
+
+# How far a product may be from differences of gradients, relative to them, to be taken for the Hessian's.
+_CLOSELY, _ROUGHLY = 0.05, 0.3
+# Of differences where gradients are rounded to half precision, relative to the weights.
+_LARGE_STEP = 0.05
+
+
+@dataclass(frozen=True)
+class Way:
+    """How products with the Hessian are computed.
+
+    Attributes:
+        method: "exact" or "differences".
+        why: The reason, in words.
+        kinks: Functions linear in pieces that the loss runs through, where differences are used.
+    """
+
+    method: Literal["exact", "differences"]
+    why: str
+    kinks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Hessian of a replayed loss, of the global batch.
+
+    Attributes:
+        operator: Products with it; its gradient is that of the loss.
+        along_gradient: [size] its product with the gradient.
+        samples: Of the global batch; None if that cannot be told.
+    """
+
+    operator: Operator
+    along_gradient: Tensor
+    samples: int | None
+
+
+def choose(replay: Replay, method: Method) -> Way:
+    """Try which way works for this model.
+
+    Args:
+        replay: Entered.
+        method: "auto" takes the exact way where it works.
+
+    Raises:
+        RuntimeError: If method="exact" cannot work; or whatever the step itself raises.
+    """
+    if replay.sharded:
+        if method == "exact":
+            raise RuntimeError("method='exact' needs whole parameters and FSDP2 spreads them over ranks: use 'auto'.")
+        replay.gradient()
+        return Way("differences", "parameters are spread over ranks (FSDP2)", kinks(replay.operations))
+    leaves = replay.leaves()
+    loss = replay.loss(leaves)
+    if method == "differences":
+        return Way("differences", "asked for", kinks(replay.operations))
+    try:
+        operator = hessian(loss, list(leaves.values()))
+        gradient = operator.gradient
+        product = None if gradient is None else operator(gradient)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    else:
+        reason = _why_unfaithful(replay, custom_functions(loss), gradient, product)
+    if reason and method == "exact":
+        raise RuntimeError(f"method='exact' needs second derivatives, and this model has none ({reason}): use 'auto'")
+    if reason:
+        return Way("differences", f"there is no second derivative ({reason})", kinks(replay.operations))
+    return Way("exact", "second derivatives exist")
+
+
+def _why_unfaithful(replay: Replay, custom: Sequence[str], gradient: Tensor | None, product: Tensor | None) -> str:
+    """Why an exact product is not that of the Hessian; empty if it is.
+
+    Where a function of the user's own has a backward that cannot be differentiated, as with `once_differentiable` or
+    kernels, torch leaves its part out of the product without a word. Differences of gradients show it.
+    """
+    if not custom or gradient is None or product is None:
+        return ""
+    rounded = "ToCopy" in replay.operations  # by autocast: differences need a larger step
+    expected = by_differences(replay, _LARGE_STEP if rounded else None)(gradient)
+    rough = rounded or bool(kinks(replay.operations))
+    if not bool((product - expected).norm() > (_ROUGHLY if rough else _CLOSELY) * expected.norm()):
+        return ""
+    return f"the backward of {', '.join(custom)} cannot be differentiated"
+
+
+def custom_functions(loss: Tensor) -> tuple[str, ...]:
+    """Names of the subclasses of torch.autograd.Function behind a loss."""
+    names: set[str] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            names.add(type(node).__name__.partition("Backward")[0])
+        waiting.extend(following for following, _ in node.next_functions)
+    return tuple(sorted(names))
+
+
+def curvature(replay: Replay, way: Way, ranks: int, failure: RankFailure) -> Curvature:
+    """The Hessian of the replayed loss, of the global batch.
+
+    Args:
+        replay: Entered.
+        way: As chosen on the first time.
+        ranks: How many processes share the batch. With several, all must call this together.
+        failure: Where an error on this rank alone is noted; the others get NaN.
+    """
+    if replay.sharded:
+        operator = by_differences(replay)
+    elif ranks == 1:
+        operator = exact(replay) if way.method == "exact" else by_differences(replay)
+    else:
+        operator = mean_over_ranks(_own(replay, way, failure), replay.samples or 1, failure)
+    gradient = operator.gradient
+    if gradient is None:
+        raise RuntimeError("the operator has no gradient")  # cannot be: all of the above have
+    return Curvature(operator, operator(gradient), _all_samples(replay, ranks, operator.device))
+
+
+def _own(replay: Replay, way: Way, failure: RankFailure) -> Operator:
+    """This rank's Hessian; if that fails, one whose products are never asked for."""
+    try:
+        if failure.error is None:
+            return exact(replay) if way.method == "exact" else by_differences(replay)
+    except Exception as error:
+        failure.error = error
+    weights = flatten(list(replay.parameters.values()))
+    n = len(weights)
+    return Operator(torch.zeros_like, n, n, weights.dtype, weights.device, gradient=torch.zeros_like(weights))
+
+
+def _all_samples(replay: Replay, ranks: int, device: torch.device) -> int | None:
+    if ranks == 1:
+        return replay.samples
+    total, unknown = sums_over_ranks([replay.samples or 0, replay.samples is None], device)
+    return None if unknown else int(total)
+
+
+def sums_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks, which must call this together."""
+    together = torch.tensor(values, dtype=widest_float(device), device=device)
+    torch.distributed.all_reduce(together)
+    return [float(value) for value in together.tolist()]
+
+
+def exact(replay: Replay, start: int = 0, stop: int | None = None, seed: int | None = None) -> Operator:
+    """The exact Hessian of the replayed loss on (a part of) the batch, on this rank."""
+    leaves = replay.leaves()
+    return hessian(replay.loss(leaves, start, stop, seed), list(leaves.values()))
+
+
+def by_differences(replay: Replay, relative_step: float | None = None) -> Operator:
+    """The Hessian by central differences; under FSDP2 in sharded vectors."""
+    names = list(replay.parameters)
+    like = [local_part(p).detach() for p in replay.parameters.values()]
+
+    def gradient_at(displacement: Tensor | None) -> Tensor:
+        moved = None if displacement is None else dict(zip(names, unflatten(displacement, like), strict=True))
+        found = replay.gradient(moved)
+        gradient = flatten([found[name] for name in names]).to(vector_dtype(like))
+        if any_replicated:  # FSDP averages over ranks what it shards, nobody the rest
+            common = gradient[replicated]
+            torch.distributed.all_reduce(common)
+            gradient[replicated] = common / torch.distributed.get_world_size()
+        return gradient
+
+    weights = flatten(like)
+    any_replicated = False
+    if not replay.sharded:
+        return hessian_by_differences(gradient_at, weights, relative_step)
+    replicated = torch.cat(
+        [
+            torch.full((part.numel(),), _is_replicated(p), device=part.device)
+            for p, part in zip(replay.parameters.values(), like, strict=True)
+        ]
+    )
+    any_replicated = bool(replicated.any())
+    own = shares_of(replicated).to(weights)
+
+    def norm(vector: Tensor) -> float:
+        square = torch.dot(own * vector, vector).reshape(1)
+        torch.distributed.all_reduce(square)
+        return math.sqrt(float(square))
+
+    return sharded(hessian_by_differences(gradient_at, weights, norm=norm), replicated)
+
+
+def _is_replicated(parameter: Tensor) -> bool:
+    placements = getattr(parameter, "placements", ())
+    return not any(placement.is_shard() for placement in placements)
+
+
+def kinks(operations: frozenset[str]) -> tuple[str, ...]:
+    """Those of the operations behind a loss that are linear in pieces."""
+    return tuple(sorted(name for name in operations if name.lower().startswith(_KINKS)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whichever device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,272 @@
+"""One reading of a run's curvature: which solvers are asked, in which order, and what their answers are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynwatch.batch_size import HessianSpread, directional, spread_of_chunks
+from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, sums_over_ranks
+from dynwatch.callbacks.replay import Replay
+from dynwatch.krylov import Storage
+from dynwatch.lanczos import Extremes, extreme_eigenvalues
+from dynwatch.learning_rate import Stability, Unsupported, batch_sharpness, learned_rates, stability
+from dynwatch.operators import Operator, RankFailure, preconditioned
+from dynwatch.rules import tags
+from dynwatch.spectral_density import SpectralDensity, trace
+
+LAMBDA_MAX = tags.LAMBDA_MAX
+LAMBDA_MAX_ERROR = "hessian/lambda_max_error"
+LAMBDA_MAX_LOWER = "hessian/bounds/lambda_max_lower"
+LAMBDA_MAX_UPPER = "hessian/bounds/lambda_max_upper"
+LAMBDA_MIN = "hessian/lambda_min"
+LAMBDA_MIN_ERROR = "hessian/lambda_min_error"
+BATCH_SHARPNESS = tags.BATCH_SHARPNESS
+SHARPNESS_RATIO = tags.SHARPNESS_RATIO
+CRITICAL_LR = tags.CRITICAL_LR
+AT_BATCH_SIZE = "hessian/critical_lr_at_batch_size/"
+PRECONDITIONED = "hessian/preconditioned_lambda_max"
+TRACE = "hessian/trace"
+TRACE_ERROR = "hessian/trace_error"
+LEARNED_LR = "hessian/learned_lr"
+LEARNED_MOMENTUM = "hessian/learned_momentum"
+HVPS = "hessian/hvps"
+DENSITY = "hessian/density"
+
+# Chunks that the probe batch is split into, to see how much the Hessian differs between samples.
+_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How exact a reading is to be, and at what cost."""
+
+    tol: float = 1e-2
+    max_hvps: int = 30
+    storage: Storage = "float32"
+    trace_probes: int = 8
+
+
+@dataclass
+class Reading:
+    """What was found.
+
+    Attributes:
+        values: By tag.
+        absent: Why a tag has no value.
+        density: Of the spectrum, at a full reading.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+
+
+class Reader:
+    """Takes readings; what one found is where the next one starts.
+
+    Args:
+        settings: How exact, at what cost.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.count = 0
+        self._top: dict[str, Tensor] = {}
+
+    def take(
+        self,
+        replay: Replay,
+        seen: Curvature,
+        way: Way,
+        optimizers: Sequence[Optimizer],
+        ranks: int,
+        failure: RankFailure,
+        full: bool,
+        batch_sizes: Sequence[int] = (),
+    ) -> Reading:
+        """Measure.
+
+        Args:
+            replay: Entered.
+            seen: Its curvature.
+            way: How products are computed.
+            optimizers: Of the run.
+            ranks: How many processes take part.
+            failure: Where an error on this rank alone is noted.
+            full: Whether to measure the whole spectrum too, from a random start.
+            batch_sizes: For which a full reading is to say the critical rate.
+        """
+        reading = Reading()
+        values = reading.values
+        self.count += 1
+        generator = torch.Generator(seen.operator.device).manual_seed(self.count)
+        extremes = self._extremes("hessian", seen.operator, seen.along_gradient, generator, full)
+        hvps = 1 + extremes.hvps
+        values[LAMBDA_MAX] = extremes.lambda_max
+        values[LAMBDA_MAX_ERROR] = extremes.lambda_max_error
+        if extremes.reason == "non_finite":
+            values[HVPS] = hvps
+            return reading  # the loss is not finite here, or a rank has failed
+        values[LAMBDA_MAX_LOWER] = extremes.lambda_max - extremes.lambda_max_error
+        values[LAMBDA_MAX_UPPER] = extremes.lambda_max + extremes.lambda_max_error
+        gradient = seen.operator.gradient
+        if gradient is not None:
+            values[BATCH_SHARPNESS] = batch_sharpness(gradient, seen.along_gradient, seen.operator.reduce)
+        if full:
+            hvps += self._spectrum(reading, seen.operator, extremes, way, generator)
+        steps = self._stability(reading, replay, optimizers, ranks, failure, seen.operator.device)
+        if steps is not None:
+            operator, sharpness, top = seen.operator, extremes.lambda_max, extremes.top
+            if steps.scale is not None or isinstance(steps.weight_decay, Tensor):
+                scale = torch.ones_like(seen.along_gradient) if steps.scale is None else steps.scale
+                operator = preconditioned(seen.operator, scale, steps.weight_decay)
+                found = self._extremes("preconditioned", operator, scale * seen.along_gradient, generator, False)
+                hvps += found.hvps
+                sharpness, top = found.lambda_max, found.top
+                values[PRECONDITIONED] = sharpness
+            else:
+                sharpness += steps.weight_decay
+            values[CRITICAL_LR] = steps.critical_lr(sharpness)
+            values[SHARPNESS_RATIO] = steps.ratio(sharpness)
+            if full and batch_sizes:
+                hvps += self._at_batch_sizes(
+                    reading, replay, seen, way, steps, sharpness, top, ranks, failure, batch_sizes
+                )
+        values[HVPS] = hvps
+        return reading
+
+    def _extremes(
+        self, which: str, operator: Operator, along_gradient: Tensor, generator: torch.Generator, both: bool
+    ) -> Extremes:
+        """Both ends from a random start, or the upper end from where the last reading found it."""
+        start = None
+        if not both:
+            start = along_gradient / (operator.norm(along_gradient) or 1.0)
+            if which in self._top and len(self._top[which]) == operator.size:
+                # The gradient turns towards where the top vector goes, when it has moved on.
+                start = self._top[which].to(start) + 0.3 * start
+        found = extreme_eigenvalues(
+            operator,
+            ends="both" if both else "max",
+            tol=self.settings.tol,
+            max_hvps=self.settings.max_hvps,
+            start=start,
+            generator=generator,
+            storage=self.settings.storage,
+        )
+        if found.reason != "non_finite":
+            self._top[which] = found.top.to(torch.bfloat16)
+        return found
+
+    def _spectrum(
+        self, reading: Reading, operator: Operator, extremes: Extremes, way: Way, generator: torch.Generator
+    ) -> int:
+        """What a random start tells beside the upper end; returns the products spent in addition."""
+        values = reading.values
+        if way.method == "differences" and way.kinks:
+            reading.absent[LAMBDA_MIN] = (
+                "only differences of gradients work here, and at the kinks of "
+                f"{', '.join(way.kinks)} they see negative curvature that the Hessian does not have"
+            )
+        elif extremes.lambda_min is not None and extremes.lambda_min_error is not None:
+            values[LAMBDA_MIN] = extremes.lambda_min
+            values[LAMBDA_MIN_ERROR] = extremes.lambda_min_error
+        krylov = extremes.krylov
+        reading.density = SpectralDensity.from_krylov([krylov])
+        values[LEARNED_LR], values[LEARNED_MOMENTUM] = learned_rates(krylov.ritz, krylov.weights)
+        total = trace(operator, krylov, probes=self.settings.trace_probes, generator=generator)
+        values[TRACE], values[TRACE_ERROR] = total.value, total.standard_error
+        return total.hvps
+
+    def _stability(
+        self,
+        reading: Reading,
+        replay: Replay,
+        optimizers: Sequence[Optimizer],
+        ranks: int,
+        failure: RankFailure,
+        device: torch.device,
+    ) -> Stability | None:
+        reason, found = "", None
+        if len(optimizers) != 1:
+            reason = f"the run has {len(optimizers)} optimizers, and one loss has no critical rate for all of them"
+        else:
+            try:
+                optimizer = getattr(optimizers[0], "optimizer", optimizers[0])
+                found = stability(optimizer, list(replay.parameters.values()))
+            except Unsupported as error:
+                reason = str(error)
+            except Exception as error:
+                if ranks == 1:
+                    raise
+                failure.error, reason = error, f"{type(error).__name__}: {error}"
+        if ranks > 1 and sums_over_ranks([float(found is None)], device)[0]:
+            reason, found = reason or "another rank cannot tell how its optimizer steps", None
+        if found is None:
+            reading.absent[SHARPNESS_RATIO] = reading.absent[CRITICAL_LR] = reason.rstrip(".")
+        return found
+
+    def _at_batch_sizes(
+        self,
+        reading: Reading,
+        replay: Replay,
+        seen: Curvature,
+        way: Way,
+        steps: Stability,
+        sharpness: float,
+        top: Tensor,
+        ranks: int,
+        failure: RankFailure,
+        batch_sizes: Sequence[int],
+    ) -> int:
+        """The critical rate at other batch sizes, from how much the Hessian along its top vector differs by chunk."""
+        if way.method != "exact" or seen.samples is None:
+            reading.absent[AT_BATCH_SIZE] = "it needs exact products on parts of the batch"
+            return 0
+        outer = along = math.nan
+        failed, why = 0.0, "on another rank"
+        try:
+            if (replay.samples or 0) > 1:
+                outer, along = self._spread(replay, steps, top)
+        except Exception as error:
+            if is_out_of_memory(error):
+                failure.error = error
+            # As BatchNorm, of which a part of the batch may be too small for a variance.
+            failed, why = 1.0, f"{type(error).__name__}: {error}".splitlines()[0]
+        if ranks > 1:
+            outer, along, failed = (n / ranks for n in sums_over_ranks([outer, along, failed], top.device))
+        if not math.isfinite(outer):
+            few = "it needs a batch of several samples on each rank"
+            reading.absent[AT_BATCH_SIZE] = f"products on parts of the batch failed ({why})" if failed else few
+            return 0
+        spread = HessianSpread(outer, along, seen.samples)
+        for size in batch_sizes:
+            value, _ = directional(sharpness, spread, size, seen.samples)
+            reading.values[f"{AT_BATCH_SIZE}{size}"] = steps.critical_lr(value)
+        return 1
+
+    def _spread(self, replay: Replay, steps: Stability, top: Tensor) -> tuple[float, float]:
+        samples = replay.samples or 0
+        count = min(_CHUNKS, samples)
+        edges = [samples * k // count for k in range(count + 1)]
+        products = []
+        for k, (start, stop) in enumerate(pairwise(edges)):
+            operator = exact(replay, start, stop, seed=k)
+            if steps.scale is not None:
+                operator = preconditioned(operator, steps.scale)
+            products.append(operator(top))
+        sizes = [stop - start for start, stop in pairwise(edges)]
+        spread = spread_of_chunks(products, top, sizes)
+        return spread.outer, spread.along
+
+
+def is_finite(reading: Reading) -> bool:
+    """Whether the reading's main value is a number."""
+    return math.isfinite(reading.values[LAMBDA_MAX])
