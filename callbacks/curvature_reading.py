@@ -15,7 +15,7 @@ from dynwatch.batch_size import HessianSpread, directional, spread_of_chunks
 from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, sums_over_ranks
 from dynwatch.callbacks.replay import Replay
 from dynwatch.krylov import Storage
-from dynwatch.lanczos import Extremes, extreme_eigenvalues
+from dynwatch.lanczos import Ends, Extremes, extreme_eigenvalues
 from dynwatch.learning_rate import Stability, Unsupported, batch_sharpness, learned_rates, stability
 from dynwatch.operators import Operator, RankFailure, preconditioned
 from dynwatch.rules import tags
@@ -51,6 +51,7 @@ class Settings:
     max_hvps: int = 30
     storage: Storage = "float32"
     trace_probes: int = 8
+    warm: bool = True  # whether the last reading's top vector is where the next one starts
 
 
 @dataclass
@@ -107,7 +108,9 @@ class Reader:
         values = reading.values
         self.count += 1
         generator = torch.Generator(seen.operator.device).manual_seed(self.count)
-        extremes = self._extremes("hessian", seen.operator, seen.along_gradient, generator, full)
+        extremes = self._extremes(
+            "hessian", seen.operator, seen.along_gradient, generator, full, "both" if full else "max"
+        )
         hvps = 1 + extremes.hvps
         values[LAMBDA_MAX] = extremes.lambda_max
         values[LAMBDA_MAX_ERROR] = extremes.lambda_max_error
@@ -127,7 +130,7 @@ class Reader:
             if steps.scale is not None or isinstance(steps.weight_decay, Tensor):
                 scale = torch.ones_like(seen.along_gradient) if steps.scale is None else steps.scale
                 operator = preconditioned(seen.operator, scale, steps.weight_decay)
-                found = self._extremes("preconditioned", operator, scale * seen.along_gradient, generator, False)
+                found = self._extremes("preconditioned", operator, scale * seen.along_gradient, generator, full, "max")
                 hvps += found.hvps
                 sharpness, top = found.lambda_max, found.top
                 values[PRECONDITIONED] = sharpness
@@ -143,18 +146,18 @@ class Reader:
         return reading
 
     def _extremes(
-        self, which: str, operator: Operator, along_gradient: Tensor, generator: torch.Generator, both: bool
+        self, which: str, operator: Operator, along_gradient: Tensor, generator: torch.Generator, full: bool, ends: Ends
     ) -> Extremes:
-        """Both ends from a random start, or the upper end from where the last reading found it."""
+        """From a random start at full readings, so that nothing is missed for long; else from what is known."""
         start = None
-        if not both:
+        if not full:
             start = along_gradient / (operator.norm(along_gradient) or 1.0)
-            if which in self._top and len(self._top[which]) == operator.size:
+            if self.settings.warm and which in self._top and len(self._top[which]) == operator.size:
                 # The gradient turns towards where the top vector goes, when it has moved on.
                 start = self._top[which].to(start) + 0.3 * start
         found = extreme_eigenvalues(
             operator,
-            ends="both" if both else "max",
+            ends=ends,
             tol=self.settings.tol,
             max_hvps=self.settings.max_hvps,
             start=start,

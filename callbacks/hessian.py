@@ -138,7 +138,7 @@ class HessianMonitor(Monitor):
         self.loss = loss
         self.way: Way | None = None  # how products are computed, once that is known
         self._budget = Budget(max_overhead) if every_n_steps is None else None
-        self._settings = Settings(tol, max_hvps, storage)
+        self._settings = Settings(tol, max_hvps, storage, warm=probe_batch == "first")
         self._ranks = 1
         self._reason = ""  # why nothing can be measured in this run
         self._preconditions = True

@@ -28,6 +28,8 @@ _UNLUCKY = 0.01
 # error bars hold from gradients in about 99.2 %, from Ritz vectors of nearby matrices in 99.7 % of cases.
 _TRUSTED_OVERLAP = 0.001
 _TRUSTED_SHARE = 0.03
+# How far beyond a Ritz value is looked for others, in units of the largest; 16 % apart.
+_OFFSETS = np.geomspace(1e-17, 1e9, 400)
 _ROWS = 4
 
 
@@ -201,8 +203,7 @@ class Krylov:
         sign = 1.0 if end == -1 else -1.0
         first = restarts[-1] + 1 if len(restarts) else 0
         alpha, beta = sign * self.alpha[first:] / scale, self.beta[first:] / scale
-        offsets = np.geomspace(1e-17, 1e9, 400)  # 16 % apart
-        found = sign * self.ritz[end] / scale + offsets
+        found = sign * self.ritz[end] / scale + _OFFSETS
         before, now, total = np.zeros_like(found), np.ones_like(found), np.ones_like(found)
         reached, last = total * overlap >= 1, 0.0
         with np.errstate(over="ignore", invalid="ignore"):
@@ -210,7 +211,7 @@ class Krylov:
                 before, now, last = now, ((found - a) * now - last * before) / b, b
                 total += now**2
                 reached |= total * overlap >= 1
-        return scale * float(offsets[np.argmax(reached)]) if reached.any() else math.inf
+        return scale * float(_OFFSETS[np.argmax(reached)]) if reached.any() else math.inf
 
 
 def square_of(operator: Operator, vector: Tensor) -> Tensor:

@@ -220,9 +220,19 @@ def lanczos(
         )
 
     for step in range(1, steps + 1):
-        basis.append(vector)
+        rest = vector
+        try:
+            # All memory that this step needs, before the ranks meet in the product.
+            rest = torch.empty(operator.size, dtype=operator.dtype, device=basis.device)
+            basis.append(vector)
+        except Exception as error:
+            if operator.failed is None:
+                raise
+            operator.failed(error)  # the product is NaN on all ranks now
+            operator(vector)
+            return krylov(step, "non_finite")
         # A copy: the product may be a tensor that the operator uses again.
-        rest = operator(vector).detach().to(basis.device, operator.dtype, copy=True)
+        rest.copy_(operator(vector).detach())
         first = basis.dots(rest)
         basis.subtract(rest, first)
         second = basis.dots(rest)

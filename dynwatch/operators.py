@@ -35,6 +35,8 @@ class Operator:
         gradient: [size] of the loss, where the matrix is its Hessian.
         reduce: Turns dot products over this process's entries into those over all, on all processes alike.
         draw: A random normal vector, [size], from a generator.
+        failed: Told when a solver fails on this process alone: products then end the solvers of all, so that nobody
+            waits. None where there is one process.
 
     Example:
         >>> operator = from_matrix(torch.diag(torch.tensor([1.0, -5.0])))
@@ -51,6 +53,7 @@ class Operator:
     gradient: Tensor | None = None
     reduce: Callable[[Tensor], Tensor] = _itself
     draw: Callable[[torch.Generator], Tensor] | None = None
+    failed: Callable[[Exception], None] | None = None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """The product with a vector, [size]."""
@@ -354,10 +357,14 @@ def mean_over_ranks(operator: Operator, samples: float, failure: RankFailure) ->
         dist.broadcast(dots, src=0)
         return dots
 
+    def failed(error: Exception) -> None:
+        failure.error = failure.error or error
+
     gradient = operator.gradient
     return replace(
         operator,
         apply=lambda vector: mean(lambda: operator(vector)),
+        failed=failed,
         gradient=None if gradient is None or not dist.is_initialized() else mean(lambda: gradient),
         reduce=reduce,
     )

@@ -170,20 +170,6 @@ def test_the_largest_eigenvalue_is_drawn_in_its_error_bar(seen: Seen, page: Page
     pytest.fail(f"the chart has lines and areas of {drawn} points")
 
 
-def test_the_spectrum_is_shown_as_a_picture(seen: Seen, page: Page) -> None:
-    """The Time Series tab has an image card of the density, in its own size."""
-    page.goto(f"{seen.address}/#timeseries&tagFilter=hessian%2Fdensity")
-    picture = page.locator("image-card img").first
-    picture.wait_for()
-    size: list[int] = []
-    for _ in range(PATIENCE_MS // 200):
-        size = picture.evaluate("img => [img.naturalWidth, img.naturalHeight]")
-        if size == [840, 440]:
-            return
-        page.wait_for_timeout(200)
-    pytest.fail(f"the picture has size {size}")
-
-
 def test_printed_link_opens_tensorboard_with_our_cards_pinned(seen: Seen, page: Page) -> None:
     """The link from the terminal, with the port of this TensorBoard, shows our main cards in the pinned section."""
     page.goto(seen.link.replace("http://localhost:6006", seen.address))
