@@ -71,6 +71,19 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch.to(device) if isinstance(batch, Tensor) else _rebuild(batch, lambda item: moved(item, device))
 
 
+def is_small(batch: Any, most: int) -> bool:
+    """Whether a batch can go into a checkpoint: primitives and tensors, of at most so many bytes."""
+    if type(batch) is dict:
+        parts = [*batch.keys(), *batch.values()]
+    elif type(batch) in (list, tuple):
+        parts = list(batch)
+    else:
+        parts = []
+        if batch is not None and type(batch) not in (Tensor, bool, int, float, str, bytes):
+            return False
+    return all(is_small(each, most) for each in parts) and sum(t.nbytes for t in tensors_in(batch)) <= most
+
+
 def _rebuild(item: Any, change: Callable[[Any], Any]) -> Any:
     """A container of the same kind with changed items; anything else as it is."""
     if isinstance(item, MutableMapping):

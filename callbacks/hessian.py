@@ -8,17 +8,24 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from dynwatch.callbacks import curvature_reading as tags
 from dynwatch.callbacks.base import Monitor, isolated
-from dynwatch.callbacks.batches import cloned, moved, part, samples_in, tensors_in
+from dynwatch.callbacks.batches import cloned, is_small, moved, part, samples_in
 from dynwatch.callbacks.budget import Budget
-from dynwatch.callbacks.curvature import Method, Way, choose, curvature, is_out_of_memory, kinks, sums_over_ranks
+from dynwatch.callbacks.curvature import (
+    Method,
+    Way,
+    all_could,
+    by_differences_because,
+    choose,
+    curvature,
+    is_out_of_memory,
+)
+from dynwatch.callbacks.curvature_panels import Densities, charts
 from dynwatch.callbacks.curvature_reading import Reader, Reading, Settings
-from dynwatch.callbacks.density_picture import density_picture
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
@@ -27,14 +34,11 @@ from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writ
 from dynwatch.krylov import Storage
 from dynwatch.operators import RankFailure
 from dynwatch.rules.base import check_count, check_number
-from dynwatch.spectral_density import SpectralDensity
 
 log = logging.getLogger("dynwatch")
 
 # A probe batch goes into checkpoints if it is no larger.
 _MOST_SAVED_BYTES = 16 * 2**20
-# Densities in the picture.
-_MOST_DENSITIES = 64
 # A reading's cost before the first was taken, in training steps on as many samples.
 _GUESS = {"reading": 20.0, "full": 80.0}
 
@@ -151,28 +155,12 @@ class HessianMonitor(Monitor):
         self._allowed = self.max_samples
         self._probe: Any = None  # the batch that is replayed
         self._batch_size = 0  # samples of a whole batch on one rank; 0 if that cannot be told
-        self._densities: list[tuple[int, SpectralDensity]] = []
+        self._densities = Densities()
 
     def charts(self) -> Sequence[Chart]:
         if self._reason:
             return ()
-        category = "dynwatch · curvature"
-        bounds = (tags.LAMBDA_MAX, tags.LAMBDA_MAX_LOWER, tags.LAMBDA_MAX_UPPER)
-        charts = [
-            Chart(category, "Sharpness ratio (1 is the edge of stability)", (tags.SHARPNESS_RATIO,), pinned=True),
-            Chart(category, "Largest Hessian eigenvalue, with its error bar", bounds, margin=True, pinned=True),
-            Chart(category, "Critical learning rate", (tags.CRITICAL_LR,)),
-            Chart(category, "Batch sharpness", (tags.BATCH_SHARPNESS,)),
-            Chart(category, "Smallest Hessian eigenvalue", (tags.LAMBDA_MIN,)),
-            Chart(category, "Trace of the Hessian", (tags.TRACE,)),
-            Chart(category, "Learning rate and momentum for the spectrum", (tags.LEARNED_LR, tags.LEARNED_MOMENTUM)),
-            Chart(category, "Errors", (tags.LAMBDA_MAX_ERROR, tags.LAMBDA_MIN_ERROR, tags.TRACE_ERROR)),
-            Chart(category, "Hessian-vector products of a reading", (tags.HVPS,)),
-            Chart(category, "Critical learning rate by batch size", (tags.AT_BATCH_SIZE,)),
-        ]
-        if self._preconditions:
-            charts.insert(2, Chart(category, "Largest preconditioned eigenvalue", (tags.PRECONDITIONED,)))
-        return charts
+        return charts(self._preconditions)
 
     # --- on the training process
 
@@ -291,7 +279,7 @@ class HessianMonitor(Monitor):
                 replay = stack.enter_context(entered)
             except Exception as error:
                 failure.error = error
-            if not _all_could(replay is not None, ranks, pl_module.device) or replay is None:
+            if not all_could(replay is not None, ranks, pl_module.device) or replay is None:
                 return None
             if replay.whole:
                 remarks["hessian max_samples"] = f"{replay.whole}; all of it is used"
@@ -313,11 +301,11 @@ class HessianMonitor(Monitor):
             way = choose(replay, self.method)
         except Exception as error:
             failure.error = error
-        if not _all_could(way is not None, ranks, device) or way is None:
+        if not all_could(way is not None, ranks, device) or way is None:
             return None
-        everywhere = _all_could(way.method == "exact", ranks, device)
+        everywhere = all_could(way.method == "exact", ranks, device)
         if way.method == "exact" and not everywhere:
-            return Way("differences", "there is no second derivative on another rank", kinks(replay.operations))
+            return by_differences_because(replay, "there is no second derivative on another rank")
         return way
 
     def _tell(self, trainer: Trainer, way: Way) -> None:
@@ -334,27 +322,8 @@ class HessianMonitor(Monitor):
             stream.reasons.pop(tag, None)
         values = torch.tensor(list(reading.values.values()), dtype=torch.float64)
         stream.emit(self, step, list(reading.values), values)
-        if reading.density is None or not len(reading.density.nodes):
-            return
-        self._densities.append((step, reading.density))
-        if len(self._densities) > _MOST_DENSITIES:
-            self._densities = self._densities[::2]
-        edges, counts = reading.density.histogram(60)
-        nodes, weights = reading.density.nodes, reading.density.weights * reading.density.dimension
-        for writer in tensorboard_writers(trainer):
-            writer.add_histogram_raw(
-                tags.DENSITY,
-                min=float(nodes[0]),
-                max=float(nodes[-1]),
-                num=reading.density.dimension,
-                sum=float(weights @ nodes),
-                sum_squares=float(weights @ nodes**2),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=step,
-            )
-            picture = density_picture(self._densities)
-            writer.add_image(tags.DENSITY, picture, global_step=step, dataformats="HWC")
+        if reading.density is not None and len(reading.density.nodes):
+            self._densities.add(step, reading.density, tensorboard_writers(trainer))
 
     # --- at a flush, on the host
 
@@ -368,16 +337,14 @@ class HessianMonitor(Monitor):
 
     def state(self) -> dict[str, Any]:
         # Lightning saves rank 0's state only, and one rank's batch is not the others'.
-        keep = self.probe_batch == "first" and self._ranks == 1 and _is_small(self._probe)
+        keep = self.probe_batch == "first" and self._ranks == 1 and is_small(self._probe, _MOST_SAVED_BYTES)
         return {
             "readings": self._readings,
             "allowed": None if self._allowed == self.max_samples else self._allowed,
             "batch_size": self._batch_size,
             "probe": self._probe if keep else None,
             "budget": self._budget.state() if self._budget else None,
-            "densities": [
-                [step, d.nodes.tolist(), d.weights.tolist(), d.hvps, d.dimension] for step, d in self._densities
-            ],
+            "densities": self._densities.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -389,10 +356,7 @@ class HessianMonitor(Monitor):
         self._probe = state["probe"]
         if self._budget is not None and state["budget"] is not None:
             self._budget.load_state(state["budget"])
-        self._densities = [
-            (step, SpectralDensity(np.array(nodes), np.array(weights), hvps, dimension, "complete"))
-            for step, nodes, weights, hvps, dimension in state["densities"]
-        ]
+        self._densities.load_state(state["densities"])
 
     def release(self) -> None:
         self._reader = Reader(self._settings)
@@ -407,27 +371,9 @@ def _preconditions(optimizer: Optimizer) -> bool:
     return len({(float(group["lr"]), float(group["weight_decay"])) for group in optimizer.param_groups}) > 1
 
 
-def _all_could(could: bool, ranks: int, device: torch.device) -> bool:
-    """Whether all ranks could do what this one did or could not; several must call this together."""
-    return could if ranks == 1 else not sums_over_ranks([float(not could)], device)[0]
-
-
 def _around(batch_size: int) -> list[int]:
     """Half, once, twice and four times a batch size; none if it is not known."""
     return sorted({max(batch_size // 2, 1), batch_size, 2 * batch_size, 4 * batch_size}) if batch_size else []
-
-
-def _is_small(batch: Any) -> bool:
-    """Whether a batch can go into a checkpoint: primitives and tensors, of no more than 16 MiB."""
-    if type(batch) is dict:
-        parts = [*batch.keys(), *batch.values()]
-    elif type(batch) in (list, tuple):
-        parts = list(batch)
-    else:
-        parts = []
-        if batch is not None and type(batch) not in (torch.Tensor, bool, int, float, str, bytes):
-            return False
-    return all(map(_is_small, parts)) and sum(t.nbytes for t in tensors_in(batch)) <= _MOST_SAVED_BYTES
 
 
 def _wait_for(device: torch.device) -> None:

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from dynwatch.callbacks import DynWatch, HessianMonitor
 from dynwatch.callbacks import hessian as module
+from dynwatch.callbacks.batches import is_small
 from dynwatch.callbacks.stream import Stream
 
 Matrix = npt.NDArray[np.float64]
@@ -834,10 +835,10 @@ def test_the_density_is_in_the_event_file(tmp_path: Path) -> None:
 
 def test_many_densities_are_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture keeps the first and the latest, at half as many steps whenever there are too many."""
-    monkeypatch.setattr(module, "_MOST_DENSITIES", 4)
+    monkeypatch.setattr("dynwatch.callbacks.curvature_panels._MOST_DENSITIES", 4)
     monitor = HessianMonitor(every_n_steps=1, full_every_n_readings=1, max_hvps=4)
     fit(Model(mlp()), tmp_path, monitor, max_epochs=3)
-    kept = [step for step, _ in monitor._densities]
+    kept = [step for step, _ in monitor._densities.kept]
     assert len(kept) <= 4 and kept[0] == 0 and kept[-1] >= 10
 
 
@@ -887,7 +888,7 @@ class Wrapped(dict):  # type: ignore[type-arg]
 )
 def test_which_probe_batches_go_into_a_checkpoint(batch: Any, small: bool, tmp_path: Path) -> None:
     """Those of primitives and tensors, of no more than 16 MiB; what goes in can be loaded with weights_only=True."""
-    assert module._is_small(batch) == small
+    assert is_small(batch, 16 * 2**20) == small
     if small:
         torch.save(batch, tmp_path / "batch")
         torch.load(tmp_path / "batch", weights_only=True)

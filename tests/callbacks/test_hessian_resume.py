@@ -23,7 +23,6 @@ from runs import Classifier, data, scalars, trainer
 from torch import Tensor
 
 from dynwatch.callbacks import HessianMonitor, hessian
-from dynwatch.callbacks.hessian import _is_small
 from dynwatch.spectral_density import SpectralDensity
 
 TIME_LIMIT = 120  # seconds for all killed runs together; they take 10 on an idle core
@@ -113,8 +112,8 @@ def test_densities_go_on(killed: Path) -> None:
     """The picture over time holds those from before the kill, number for number, and those after."""
     state = saved_state(killed, "sgd")
     monitor = resume(killed, "sgd", "resumed_for_densities")
-    assert len(monitor._densities) > len(state["densities"]) > 0
-    for (step, density), saved in zip(monitor._densities, state["densities"], strict=False):
+    assert len(monitor._densities.kept) > len(state["densities"]) > 0
+    for (step, density), saved in zip(monitor._densities.kept, state["densities"], strict=False):
         assert [step, density.nodes.tolist(), density.weights.tolist(), density.hvps, density.dimension] == saved
 
 
@@ -154,29 +153,12 @@ def test_a_probe_batch_that_is_too_large(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert (again._probe is not None) == kept and again._readings == 2
 
 
-@pytest.mark.parametrize(
-    ("batch", "small"),
-    [
-        (torch.ones(3), True),
-        ([torch.ones(3), {"y": (torch.ones(2), "text", 1, None)}], True),
-        ([object()], False),
-        ({"x": hessian_resume_run.Pair(torch.ones(1), torch.ones(1))}, False),
-        (torch.Size([1]), False),
-        (torch.empty(2**22 + 1), False),
-        ([torch.empty(2**21), torch.empty(2**21 + 1)], False),
-    ],
-)
-def test_what_goes_into_a_checkpoint(batch: Any, small: bool) -> None:
-    """Primitives, tensors and plain containers of them, of no more than 16 MiB together."""
-    assert _is_small(batch) == small
-
-
 def test_state_round_trip(tmp_path: Path) -> None:
     """A state that was saved and loaded is the state again, also as a file with weights_only=True."""
     monitor = HessianMonitor()
     monitor._readings, monitor._allowed, monitor._batch_size = 7, 16, 64
     monitor._probe = [torch.arange(3.0), {"mask": torch.tensor([True])}]
-    monitor._densities = [(4, SpectralDensity(np.array([-1.0, 2.5]), np.array([0.75, 0.25]), 9, 100, "complete"))]
+    monitor._densities.kept = [(4, SpectralDensity(np.array([-1.0, 2.5]), np.array([0.75, 0.25]), 9, 100, "complete"))]
     assert monitor._budget is not None
     monitor._budget.spend("full", 2.5)
     torch.save(monitor.state(), tmp_path / "state.pt")
