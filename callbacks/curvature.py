@@ -12,18 +12,8 @@ from torch import Tensor
 
 from dynwatch.callbacks.replay import Replay, local_part
 from dynwatch.constants import widest_float
-from dynwatch.operators import (
-    Operator,
-    RankFailure,
-    flatten,
-    hessian,
-    hessian_by_differences,
-    mean_over_ranks,
-    sharded,
-    shares_of,
-    unflatten,
-    vector_dtype,
-)
+from dynwatch.operators import Operator, flatten, hessian, hessian_by_differences, unflatten, vector_dtype
+from dynwatch.ranks import RankFailure, mean_over_ranks, sharded, shares_of
 
 Method = Literal["auto", "exact", "differences"]
 

@@ -16,10 +16,12 @@ from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory
 from dynwatch.callbacks.replay import Replay
 from dynwatch.krylov import Storage
 from dynwatch.lanczos import Ends, Extremes, extreme_eigenvalues
-from dynwatch.learning_rate import Stability, Unsupported, batch_sharpness, learned_rates, stability
-from dynwatch.operators import Operator, RankFailure, preconditioned
+from dynwatch.learning_rate import batch_sharpness, learned_rates
+from dynwatch.operators import Operator, preconditioned
+from dynwatch.ranks import RankFailure
 from dynwatch.rules import tags
 from dynwatch.spectral_density import SpectralDensity, trace
+from dynwatch.stability import Stability, Unsupported, stability
 
 LAMBDA_MAX = tags.LAMBDA_MAX
 LAMBDA_MAX_ERROR = "hessian/lambda_max_error"

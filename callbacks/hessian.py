@@ -32,7 +32,7 @@ from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.replay import Loss, Replay
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.krylov import Storage
-from dynwatch.operators import RankFailure
+from dynwatch.ranks import RankFailure
 from dynwatch.rules.base import check_count, check_number
 
 log = logging.getLogger("dynwatch")

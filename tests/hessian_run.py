@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import dynwatch.operators
 from dynwatch.callbacks import HessianMonitor, curvature, curvature_reading, hessian, replay
-from dynwatch.learning_rate import Unsupported
+from dynwatch.stability import Unsupported
 
 Scenario = Callable[[], dict[str, Any]]
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynwatch.lanczos import extreme_eigenvalues, lanczos
-from dynwatch.operators import Operator, RankFailure, from_matrix, mean_over_ranks, sharded
+from dynwatch.operators import Operator, from_matrix
+from dynwatch.ranks import RankFailure, mean_over_ranks, sharded
 from dynwatch.spectral_density import trace
 
 N, PROBES = 12, 500

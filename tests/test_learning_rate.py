@@ -16,16 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
-from dynwatch.learning_rate import (
-    Stability,
-    Unsupported,
-    batch_sharpness,
-    critical_lr,
-    critical_lr_adam,
-    learned_rates,
-    stability,
-)
+from dynwatch.learning_rate import batch_sharpness, critical_lr, critical_lr_adam, learned_rates
 from dynwatch.operators import from_matrix, preconditioned
+from dynwatch.stability import Stability, Unsupported, stability
 
 STEPS = 10_000
 SGD_FORMS = [

@@ -23,11 +23,11 @@ from dynwatch.operators import (
     hessian,
     hessian_by_differences,
     preconditioned,
-    sharded,
     unflatten,
     vector_dtype,
     weighted_mean,
 )
+from dynwatch.ranks import sharded
 
 SCALES = [1e-10, 1.0, 1e15]
 
