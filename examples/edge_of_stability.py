@@ -111,7 +111,7 @@ def main() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*(does not have many workers|smaller than the logging interval|treespec).*")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a net this small gains nothing from more, and waits where cores are busy
     for optimizer, lr, tag, threshold in RUNS:
         print_path(optimizer, lr, tag, threshold, train(optimizer, lr, asked.steps, asked.logdir))
     print(f"\nThe panels: tensorboard --logdir {asked.logdir}")

@@ -407,3 +407,28 @@ def test_an_empty_basis_projects_nothing_out() -> None:
     """A basis without vectors leaves a vector as it is."""
     v = torch.ones(3)
     assert torch.equal(Basis(from_matrix(torch.eye(3))).project_out(v), v)
+
+
+def test_a_failure_on_one_process_meets_the_others_in_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out between products, the operator is told and asked once more, so that no rank waits."""
+    told: list[Exception] = []
+    products: list[Tensor] = []
+
+    def product(vector: Tensor) -> Tensor:
+        products.append(vector)
+        return vector * math.nan if told else vector * torch.arange(1.0, 6.0)
+
+    appended = Basis.append
+
+    def full(self: Basis, vector: Tensor) -> None:
+        if len(self) == 2:
+            raise MemoryError("full")
+        appended(self, vector)
+
+    monkeypatch.setattr(Basis, "append", full)
+    operator = Operator(product, 5, 5, torch.float32, torch.device("cpu"), failed=told.append)
+    found = extreme_eigenvalues(operator)
+    assert (found.reason, len(products), len(told)) == ("non_finite", 3, 1)
+    alone = Operator(lambda v: v * torch.arange(1.0, 6.0), 5, 5, torch.float32, torch.device("cpu"))
+    with pytest.raises(MemoryError):
+        extreme_eigenvalues(alone)
