@@ -135,7 +135,7 @@ class Monitor(Callback):
             "%s is off for the rest of this run; training goes on. Cause: %s. If the cause is not in your model, "
             "please report it with the traceback: logging.getLogger('dynwatch').setLevel('DEBUG') shows it.",
             type(self).__name__,
-            self.off,
+            self.off.rstrip("."),
         )
         try:
             self.release()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynwatch.callbacks.replay import Replay, local_part
+from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.constants import widest_float
 from dynwatch.operators import Operator, flatten, hessian, hessian_by_differences, unflatten, vector_dtype
 from dynwatch.ranks import RankFailure, mean_over_ranks, sharded, shares_of
@@ -76,8 +77,10 @@ def choose(replay: Replay, method: Method) -> Way:
             raise RuntimeError("method='exact' needs whole parameters and FSDP2 spreads them over ranks: use 'auto'.")
         replay.gradient()
         return by_differences_because(replay, "parameters are spread over ranks (FSDP2)")
+    first = float(replay.loss(replay.leaves()).detach())
     leaves = replay.leaves()
     loss = replay.loss(leaves)
+    _check_repeats(first, float(loss.detach()), loss.device)
     if method == "differences":
         return by_differences_because(replay, "asked for")
     try:
@@ -97,6 +100,17 @@ def choose(replay: Replay, method: Method) -> Way:
     if reason:
         return by_differences_because(replay, f"there is no second derivative ({reason})")
     return Way("exact", "second derivatives exist")
+
+
+def _check_repeats(first: float, second: float, device: torch.device) -> None:
+    """Refuse a step that gives another loss the second time, at the same weights and on the same batch."""
+    tolerance = 1e-6 if device.type == "cpu" else 1e-3  # kernels of accelerators may add in any order
+    if abs(first - second) > tolerance * max(abs(first), abs(second)):
+        raise CannotReplayError(
+            f"training_step gave a loss of {first:.7g} and then of {second:.7g} at the same weights and on the same "
+            "batch, so it depends on something that a replay cannot put back, such as an iterator or a generator that "
+            "the module does not hold. It has been drawn from twice. Pass loss= (a function of module and batch)"
+        )
 
 
 def by_differences_because(replay: Replay, why: str) -> Way:
@@ -187,6 +201,13 @@ def sums_over_ranks(values: Sequence[float], device: torch.device) -> list[float
     together = torch.tensor(values, dtype=widest_float(device), device=device)
     torch.distributed.all_reduce(together)
     return [float(value) for value in together.tolist()]
+
+
+def least_over_ranks(value: int, device: torch.device) -> int:
+    """The smallest of all ranks' numbers, which must call this together."""
+    together = torch.tensor([value], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MIN)
+    return int(together.item())
 
 
 def all_could(could: bool, ranks: int, device: torch.device) -> bool:

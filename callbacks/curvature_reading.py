@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynwatch.batch_size import HessianSpread, directional, spread_of_chunks
-from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, sums_over_ranks
+from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, least_over_ranks, sums_over_ranks
+from dynwatch.callbacks.memory import free_memory
 from dynwatch.callbacks.replay import Replay
 from dynwatch.krylov import Storage
 from dynwatch.lanczos import Ends, Extremes, extreme_eigenvalues
@@ -43,6 +44,10 @@ DENSITY = "hessian/density"
 
 # Chunks that the probe batch is split into, to see how much the Hessian differs between samples.
 _CHUNKS = 8
+# Vectors of a basis: the fewest that can end a search, and the fewest that are worth a full reading.
+_LEAST_VECTORS, _LEAST_FOR_FULL = 4, 12
+# Other vectors of all parameters that are alive meanwhile, chunk products among them.
+_OTHER_VECTORS = 14
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,16 @@ class Reader:
         reading = Reading()
         values = reading.values
         self.count += 1
+        most = self._affordable(seen.operator, ranks)
+        if most < _LEAST_VECTORS:
+            reading.absent[LAMBDA_MAX] = f"memory is too short for {_LEAST_VECTORS} vectors of all parameters"
+            return reading
+        if full and most < min(_LEAST_FOR_FULL, self.settings.max_hvps):
+            reading.absent |= dict.fromkeys((LAMBDA_MIN, TRACE, AT_BATCH_SIZE), "memory is too short for full readings")
+            full = False
         generator = torch.Generator(seen.operator.device).manual_seed(self.count)
         extremes = self._extremes(
-            "hessian", seen.operator, seen.along_gradient, generator, full, "both" if full else "max"
+            "hessian", seen.operator, seen.along_gradient, generator, full, "both" if full else "max", most
         )
         hvps = 1 + extremes.hvps
         values[LAMBDA_MAX] = extremes.lambda_max
@@ -126,13 +138,16 @@ class Reader:
             values[BATCH_SHARPNESS] = batch_sharpness(gradient, seen.along_gradient, seen.operator.reduce)
         if full:
             hvps += self._spectrum(reading, seen.operator, extremes, way, generator)
+        sharpness, top = extremes.lambda_max, extremes.top
+        del extremes  # and its basis, before the next one
         steps = self._stability(reading, replay, optimizers, ranks, failure, seen.operator.device)
         if steps is not None:
-            operator, sharpness, top = seen.operator, extremes.lambda_max, extremes.top
             if steps.scale is not None or isinstance(steps.weight_decay, Tensor):
                 scale = torch.ones_like(seen.along_gradient) if steps.scale is None else steps.scale
                 operator = preconditioned(seen.operator, scale, steps.weight_decay)
-                found = self._extremes("preconditioned", operator, scale * seen.along_gradient, generator, full, "max")
+                found = self._extremes(
+                    "preconditioned", operator, scale * seen.along_gradient, generator, full, "max", most
+                )
                 hvps += found.hvps
                 sharpness, top = found.lambda_max, found.top
                 values[PRECONDITIONED] = sharpness
@@ -147,8 +162,24 @@ class Reader:
         values[HVPS] = hvps
         return reading
 
+    def _affordable(self, operator: Operator, ranks: int) -> int:
+        """How many vectors of a basis fit into half of the memory that is free, on all ranks."""
+        storage, width = self.settings.storage, torch.finfo(operator.dtype).bits // 8
+        device = torch.device("cpu") if storage == "cpu" else operator.device
+        room = free_memory(device) / 2 - _OTHER_VECTORS * operator.size * width
+        each = max(operator.size * (2 if storage == "bfloat16" else width), 1)
+        most = int(min(max(room, 0.0) / each, 1e6))
+        return most if ranks == 1 else least_over_ranks(most, operator.device)
+
     def _extremes(
-        self, which: str, operator: Operator, along_gradient: Tensor, generator: torch.Generator, full: bool, ends: Ends
+        self,
+        which: str,
+        operator: Operator,
+        along_gradient: Tensor,
+        generator: torch.Generator,
+        full: bool,
+        ends: Ends,
+        most: int,
     ) -> Extremes:
         """From a random start at full readings, so that nothing is missed for long; else from what is known."""
         start = None
@@ -161,7 +192,7 @@ class Reader:
             operator,
             ends=ends,
             tol=self.settings.tol,
-            max_hvps=self.settings.max_hvps,
+            max_hvps=min(self.settings.max_hvps, most),
             start=start,
             generator=generator,
             storage=self.settings.storage,

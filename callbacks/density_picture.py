@@ -145,11 +145,9 @@ def _round_steps(first: int, last: int) -> list[int]:
 
 def _figure(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        figure = f"{value:g}"
-    else:
-        mantissa, exponent = f"{value:.0e}".split("e")
-        figure = f"{mantissa}e{int(exponent)}"
-    return figure.replace("-", "\N{MINUS SIGN}")
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"  # with a hyphen: Pillow's own font has no minus sign
 
 
 def _font(size: int) -> Any:

@@ -39,6 +39,8 @@ log = logging.getLogger("dynwatch")
 
 # A probe batch goes into checkpoints if it is no larger.
 _MOST_SAVED_BYTES = 16 * 2**20
+# Readings in a row that may run out of memory, each on half as many samples, before the monitor gives up.
+_MOST_ATTEMPTS = 3
 # A reading's cost before the first was taken, in training steps on as many samples.
 _GUESS = {"reading": 20.0, "full": 80.0}
 
@@ -153,6 +155,7 @@ class HessianMonitor(Monitor):
         self._reader = Reader(self._settings)
         self._readings = 0
         self._allowed = self.max_samples
+        self._short_of_memory = 0  # readings in a row that ran out of it
         self._probe: Any = None  # the batch that is replayed
         self._batch_size = 0  # samples of a whole batch on one rank; 0 if that cannot be told
         self._densities = Densities()
@@ -255,7 +258,8 @@ class HessianMonitor(Monitor):
     def _bear(self, error: Exception) -> None:
         """Go on with fewer samples after running out of memory; anything else ends this monitor."""
         samples = min(self._allowed or self._batch_size, self._batch_size)
-        if not is_out_of_memory(error) or samples <= 1:
+        self._short_of_memory += 1
+        if not is_out_of_memory(error) or samples <= 1 or self._short_of_memory > _MOST_ATTEMPTS:
             raise error
         error.__traceback__ = None  # its frames hold the graph that did not fit
         self._allowed = samples // 2
@@ -320,8 +324,10 @@ class HessianMonitor(Monitor):
             stream.unavailable(tag, reason)
         for tag in reading.values:
             stream.reasons.pop(tag, None)
-        values = torch.tensor(list(reading.values.values()), dtype=torch.float64)
-        stream.emit(self, step, list(reading.values), values)
+        if reading.values:
+            self._short_of_memory = 0
+            values = torch.tensor(list(reading.values.values()), dtype=torch.float64)
+            stream.emit(self, step, list(reading.values), values)
         if reading.density is not None and len(reading.density.nodes):
             self._densities.add(step, reading.density, tensorboard_writers(trainer))
 

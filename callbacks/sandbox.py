@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynwatch.callbacks.journal import WriteJournal
+from dynwatch.callbacks.journal import WriteJournal, memory_of
 from dynwatch.callbacks.namespaces import LightningModule, Logger, Trainer
 from dynwatch.callbacks.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Bytes up to which plain tensors are copied rather than watched.
+_LITTLE = 2**20
 
 
 class Sandbox:
@@ -45,12 +48,16 @@ class Sandbox:
     def __enter__(self) -> Self:
         trainer, module = self._trainer, self._module
         roots = {type(module).__name__: module, "batch": self._batch}
-        self._state = Snapshot(roots, skip=(type(trainer), Trainer, Logger))
+        roots["trainer.datamodule"] = getattr(trainer, "datamodule", None)
+        callbacks = {f"trainer.callbacks[{i}]": each for i, each in enumerate(getattr(trainer, "callbacks", ()))}
+        roots |= {name: each for name, each in callbacks.items() if not type(each).__module__.startswith("dynwatch.")}
+        self._state = Snapshot(roots, (type(trainer), Trainer, Logger), lenient=frozenset(callbacks))
         # What has a place of its own in the run is noted without looking into it.
         self._shallow = [(now, dict(now)) for now in _attributes_of_the_run(trainer)]
         self._random = _random_streams(module)
         # Not left to the journal, because BatchNorm changes its statistics without saying so.
         self._buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        self._small = _small_memory(self._state.tensors, module)
         self._journal = WriteJournal([*self._state.tensors, *_optimizer_tensors(trainer)])
         self._lightning_modules = [
             child for child in module.modules() if hasattr(child, "log_dict") and hasattr(child, "training_step")
@@ -62,19 +69,29 @@ class Sandbox:
         self._undo.close()
 
     def rewind(self) -> None:
-        """Put everything back as it was when the sandbox was entered."""
-        self._journal.restore()
-        self._state.restore()  # before the buffers, whose memory may have been replaced
+        """Put everything back as it was when the sandbox was entered; what raises does not keep the rest from it."""
+        with contextlib.ExitStack() as last_first:
+            for restore in self._random:
+                last_first.callback(restore)
+            last_first.callback(self._rewind_shallow)
+            last_first.callback(self._rewind_memory)
+            last_first.callback(self._state.restore)  # before the buffers, whose memory may have been replaced
+            last_first.callback(self._journal.restore)
+
+    def _rewind_memory(self) -> None:
         with torch.no_grad():
             for buffer, before in self._buffers:
                 # Through .data, so that a graph that has saved this buffer does not take it for changed.
                 buffer.data.copy_(before)
-        for now, before_ in self._shallow:
-            for name in now.keys() - before_.keys():
+        for storage, bytes_before in self._small:
+            if storage.nbytes() == bytes_before.nbytes():
+                storage.copy_(bytes_before)
+
+    def _rewind_shallow(self) -> None:
+        for now, before in self._shallow:
+            for name in now.keys() - before.keys():
                 del now[name]
-            now.update(before_)
-        for restore in self._random:
-            restore()
+            now.update(before)
 
     def substitute(self, tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Put tensors in the place of parameters, until `rewind`: in modules, and wherever else they are kept.
@@ -161,6 +178,10 @@ def _random_streams(module: nn.Module) -> list[Callable[[], object]]:
 def _attributes_of_the_run(trainer: Trainer) -> Iterator[dict[Any, Any]]:
     loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop)
     schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
+    loader = getattr(trainer, "train_dataloader", None)
+    attributes = getattr(getattr(loader, "dataset", None), "__dict__", None)
+    if isinstance(attributes, dict):
+        yield attributes
     for owner in (trainer, *loops, trainer._logger_connector, *schedulers):
         yield vars(owner)
     yield trainer._logger_connector._callback_metrics
@@ -168,6 +189,22 @@ def _attributes_of_the_run(trainer: Trainer) -> Iterator[dict[Any, Any]]:
         yield optimizer.state
         yield from (state for state in optimizer.state.values() if isinstance(state, dict))
         yield from optimizer.param_groups
+
+
+def _small_memory(
+    tensors: Iterable[Tensor], module: nn.Module
+) -> list[tuple[torch.UntypedStorage, torch.UntypedStorage]]:
+    """Copies of the plain tensors on the host that hold little: NumPy can write to them unseen."""
+    held = list(module.parameters())
+    known = {memory_of(tensor) for tensor in (*held, *(p.grad for p in held if p.grad is not None))}
+    found: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        pointer = memory_of(tensor)
+        if pointer and pointer not in known and tensor.device.type == "cpu" and type(tensor) is Tensor:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() <= _LITTLE:
+                found[pointer] = storage
+    return [(storage, storage.clone()) for storage in found.values()]  # type: ignore[no-untyped-call]
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:

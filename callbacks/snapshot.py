@@ -8,6 +8,7 @@ import io
 import logging
 import random
 import re
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -40,12 +41,15 @@ class Snapshot:
     Args:
         roots: Where to begin, by name.
         skip: Types whose objects are not looked into.
+        lenient: Names of roots below which iterators are left alone.
 
     Raises:
         CannotReplayError: If an iterator is found, which cannot be turned back, or too many objects.
     """
 
-    def __init__(self, roots: Mapping[str, object], skip: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self, roots: Mapping[str, object], skip: tuple[type, ...] = (), lenient: frozenset[str] = frozenset()
+    ) -> None:
         self.tensors: list[Tensor] = []
         self.places: dict[int, list[Callable[[Tensor], object]]] = {}
         self._undo: list[tuple[Any, ...]] = []  # functions with their arguments
@@ -69,6 +73,8 @@ class Snapshot:
             if kind not in self._looks:
                 self._looks[kind] = self._look_for(kind)
             look = self._looks[kind]
+            if look is None and _root(path) in lenient:
+                continue
             if look is None:
                 raise CannotReplayError(
                     f"{_written_out(path)} is an iterator ({kind.__name__}), and what training_step drew from it could "
@@ -79,15 +85,21 @@ class Snapshot:
                     waiting.append((value, (path, form, key)))
 
     def restore(self) -> None:
+        failed: Exception | None = None
         for undo, *arguments in reversed(self._undo):
-            undo(*arguments)
+            try:
+                undo(*arguments)
+            except Exception as error:  # of one object; the others must be put back all the same
+                failed = failed or error
         for item in self._empty:
             if item:
-                item.clear()
+                _restore_empty(item)
+        if failed is not None:
+            raise failed
 
     def _look_for(self, kind: type) -> Callable[[Any], Iterator[_Way]] | None:
         """How to look at objects of a type; None if there is no way."""
-        if issubclass(kind, self._skip):
+        if issubclass(kind, self._skip) and not issubclass(kind, (io.StringIO, io.BytesIO)):
             return self._pass
         for types_, look in (
             (Tensor, self._tensor),
@@ -97,6 +109,8 @@ class Snapshot:
             (set, self._set),
             ((bytearray, array.array), self._bytes),
             (np.ndarray, self._array),
+            (random.SystemRandom, self._pass),
+            ((io.StringIO, io.BytesIO), self._stream),
             ((random.Random, np.random.RandomState, np.random.Generator, torch.Generator), self._generator),
             ((functools.partial, types.MethodType, types.FunctionType), self._function),
         ):
@@ -171,6 +185,11 @@ class Snapshot:
         if item.dtype == object:
             yield from self._fixed(tuple(item.flat))
 
+    def _stream(self, item: Any) -> Iterator[_Way]:
+        if not item.closed:
+            self._undo.append((_restore_stream, item, item.getvalue(), item.tell()))
+        return iter(())
+
     def _generator(self, item: Any) -> Iterator[_Way]:
         if isinstance(item, random.Random):
             self._undo.append((item.setstate, item.getstate()))
@@ -187,6 +206,8 @@ class Snapshot:
             yield item.__self__, ".__self__", None
         else:
             yield from ((value, "(…)", None) for value in (item.__defaults__, item.__kwdefaults__))
+            if _is_users(item):
+                yield from self._globals(item)
             names = item.__code__.co_freevars
             for name, cell in zip(names, item.__closure__ or (), strict=False):
                 try:
@@ -199,6 +220,16 @@ class Snapshot:
                 yield value, " (variable {})", name
         yield from self._attributes(item)
 
+    def _globals(self, function: types.FunctionType) -> Iterator[_Way]:
+        """Variables of a file that a function of the user's names, as a generator for mixup or a list of losses."""
+        for name in _names_in(function.__code__):
+            value = function.__globals__.get(name, _ABSENT)
+            if value is _ABSENT or isinstance(value, (type, types.ModuleType)):
+                continue
+            if not isinstance(value, types.FunctionType):
+                self._undo.append((_restore_key, function.__globals__, name, value))
+            yield value, " (global {})", name
+
     def _module(self, item: nn.Module) -> Iterator[_Way]:
         yield from self._object(item)
         for kind in type(item).__mro__:
@@ -206,7 +237,10 @@ class Snapshot:
                 continue
             self._classes.add(kind)
             for name, value in vars(kind).items():  # `losses = []` in a class is state of its modules, too
-                if isinstance(value, _VARIABLES) and not name.startswith("__"):
+                value = getattr(value, "__func__", getattr(value, "fget", value))
+                if isinstance(value, types.FunctionType):
+                    yield value, ".{}", name
+                elif not name.startswith("__") and not isinstance(value, type) and not hasattr(type(value), "__get__"):
                     self._undo.append((_restore_attribute, kind, name, value))
                     yield value, ".{}", name
 
@@ -239,9 +273,6 @@ _PLAIN = frozenset(
 
 _CONTAINERS = (dict, OrderedDict, set, list)
 
-# What counts as a variable of a class.
-_VARIABLES = (int, float, str, type(None), list, tuple, dict, set, deque, Tensor, np.ndarray)
-
 # Not the module's state, or not to be looked into: other threads may use them.
 _SKIPPED: tuple[type, ...] = (
     *(type, int, float, str, bytes, torch.Size),
@@ -258,6 +289,8 @@ _SKIPPED: tuple[type, ...] = (
 # Objects of these packages that are not modules work between steps and ranks; they are not the module's state.
 _FRAMEWORKS = ("torch.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "threading", "asyncio", "builtins")
 
+_NOT_USERS = {*sys.stdlib_module_names, "dynwatch", "torch", "numpy", "pytorch_lightning", "lightning"} - {"__main__"}
+
 _ABSENT = object()
 
 
@@ -270,6 +303,26 @@ def _slots(kind: type) -> tuple[str, ...]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _is_users(function: types.FunctionType) -> bool:
+    """Whether a function is of the user's own project, rather than of the standard library or an installed package."""
+    package = (function.__module__ or "").partition(".")[0]
+    where = function.__code__.co_filename
+    return package not in _NOT_USERS and "site-packages" not in where and "dist-packages" not in where
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    """Names that code may look up among globals, with those of the functions inside of it."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return (*code.co_names, *(name for each in inner for name in _names_in(each)))
+
+
+def _root(path: Any) -> str:
+    while path[0] is not None:
+        path = path[0]
+    return str(path[2])
 
 
 def _written_out(path: Any) -> str:
@@ -299,14 +352,33 @@ def _restore_dict(item: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 def _restore_sequence(item: list[Any] | deque[Any], before: list[Any]) -> None:
     if len(item) != len(before) or any(a is not b for a, b in zip(item, before, strict=True)):
-        item.clear()
-        item.extend(before)
+        plain: Any = list if isinstance(item, list) else deque
+        plain.clear(item)
+        plain.extend(item, before)
 
 
 def _restore_set(item: set[Any], before: set[Any]) -> None:
     if item != before:
-        item.clear()
-        item.update(before)
+        set.clear(item)
+        set.update(item, before)
+
+
+def _restore_empty(item: Any) -> None:
+    plain: Any = next(kind for kind in (OrderedDict, dict, list, deque, set) if isinstance(item, kind))
+    plain.clear(item)
+
+
+def _restore_stream(item: Any, text: Any, position: int) -> None:
+    if item.getvalue() != text:
+        item.seek(0)
+        item.truncate()
+        item.write(text)
+    item.seek(position)
+
+
+def _restore_key(item: dict[str, Any], name: str, value: object) -> None:
+    if item.get(name, _ABSENT) is not value:
+        item[name] = value
 
 
 def _restore_attribute(item: Any, name: str, value: object) -> None:

@@ -34,9 +34,9 @@ class Unseen:
     def tell(self) -> None:
         """Warn, once, of each rule that could not judge the run."""
         for rule in self._rules:
-            unseen = [tag for tag in rule.needs or rule.reads if tag in self._tags]
+            unseen = [tag for tag in rule.judges if tag in self._tags]
             # A condition needs all that it names; other rules that name no needs make do with a part.
-            if unseen and (len(unseen) == len(rule.reads) or rule.needs or isinstance(rule, StopWhen)):
+            if unseen and (len(unseen) == len(rule.judges) or rule.needs or isinstance(rule, StopWhen)):
                 log.warning(
                     "The rule %s could not judge this run: nothing was logged or measured as %s. Metrics of "
                     "training_step and of validation can be read by the name under which you log them; a / that "

@@ -1,13 +1,16 @@
-"""Takes the pictures in docs/images of the digits demo, as TensorBoard shows it.
+"""Takes the pictures in docs/images of the examples, as TensorBoard shows them.
 
-    python docs/screenshots.py
+    python docs/screenshots.py [digits] [edge_of_stability] [batch_size]
 
-Needs Chromium and playwright. The gradient, update and loss charts are set to a logarithmic scale, with the button
-that each chart has: on a linear one the diverging run would hide the healthy one.
+Needs Chromium and playwright. Without an argument it takes all. In that of the digits the gradient,
+update and loss charts are set to a logarithmic scale, with the button that each chart has: on a linear one the
+diverging run would hide the healthy one.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -28,19 +32,62 @@ if TYPE_CHECKING:
 LARGEST = 200_000  # bytes
 LOGARITHMIC = ("Gradient norm, before", "Gradient norm by layer", "Update-to-weight", "Loss, and the limit")
 CARD = "tf-custom-scalar-multi-line-chart-card"
+MARGIN_CARD = "tf-custom-scalar-margin-chart-card"
 
 
 def main() -> None:
+    takers = {"digits": digits, "edge_of_stability": edge_of_stability, "batch_size": batch_size}
+    parser = argparse.ArgumentParser(description="Takes the pictures in docs/images.")
+    parser.add_argument("examples", nargs="*", metavar="example", help=f"of {', '.join(takers)}; all if none is named")
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder, "digits")
-        command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--logdir", str(logs)]
-        subprocess.run(command, check=True, capture_output=True)
-        with tensorboard(logs, ["healthy", "poor", "forgetful"]) as address, browser() as chromium:
-            page = chromium.new_page(viewport={"width": 1500, "height": 1130})
-            panels(page, f"{address}/#custom_scalars&_smoothingWeight=0")
-            page = chromium.new_page(viewport={"width": 1400, "height": 830})
-            verdict(page, f"{address}/#text")
+    for name in parser.parse_args().examples or takers:
+        with tempfile.TemporaryDirectory() as folder:
+            takers[name](Path(folder, name))
+
+
+def run(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / "examples" / name), *arguments], check=True, capture_output=True)
+
+
+def digits(logs: Path) -> None:
+    run("digits.py", "--logdir", str(logs))
+    with tensorboard(logs, ["healthy", "poor", "forgetful"]) as address, browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1500, "height": 1130})
+        panels(page, f"{address}/#custom_scalars&_smoothingWeight=0")
+        page = chromium.new_page(viewport={"width": 1400, "height": 830})
+        verdict(page, f"{address}/#text")
+
+
+def edge_of_stability(logs: Path) -> None:
+    run("edge_of_stability.py", "--logdir", str(logs))
+    with tensorboard(logs, ["sgd", "adam"]) as address, browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1100, "height": 490})
+        curvature(page, f"{address}/#custom_scalars&_smoothingWeight=0")
+    events = EventAccumulator(str(logs / "sgd"), size_guidance={"images": 0}).Reload()
+    (IMAGES / "density.png").write_bytes(events.Images("hessian/density")[-1].encoded_image_string)
+    check_size(IMAGES / "density.png")
+
+
+def batch_size(folder: Path) -> None:
+    run("batch_size.py", "--picture", str(IMAGES / "batch_size.png"))
+    check_size(IMAGES / "batch_size.png")
+
+
+def curvature(page: Page, address: str) -> None:
+    """The charts of the ratio and of the eigenvalues behind it, without the others, in one row."""
+    page.goto(address)
+    page.locator(CARD).first.wait_for()
+    page.get_by_text("Ignore outliers in chart scaling").click()
+    page.get_by_text("dynwatch · gradients").click()  # folds it
+    cards = page.locator(f"{CARD}, {MARGIN_CARD}")
+    for card in cards.filter(has_not_text=re.compile("Sharpness ratio|Largest")).all():
+        card.evaluate("card => { card.style.display = 'none'; }")
+    bar = page.locator(MARGIN_CARD, has_text="Largest Hessian")
+    bar.locator("path").first.wait_for(state="attached")
+    # TensorBoard puts charts with error bars into a row of their own, below.
+    ratio = page.locator(CARD, has_text="Sharpness ratio")
+    ratio.evaluate("(ratio, bar) => ratio.after(bar)", bar.element_handle())
+    save(page, "edge_of_stability.png")
 
 
 def panels(page: Page, address: str) -> None:
@@ -70,6 +117,10 @@ def save(page: Page, name: str) -> None:
     page.screenshot(path=path)
     if path.stat().st_size > LARGEST:
         Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    check_size(path)
+
+
+def check_size(path: Path) -> None:
     if path.stat().st_size > LARGEST:
         raise RuntimeError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}.")
 

@@ -66,12 +66,13 @@ def one_batch(steps: int) -> DataLoader[tuple[Tensor, Tensor]]:
 
 def train(optimizer: str, lr: float, steps: int, logdir: Path) -> EventAccumulator:
     torch.manual_seed(0)
+    # All of the batch, at a cadence of our own: this run is about curvature.
+    monitor = HessianMonitor(every_n_steps=READ_EVERY, full_every_n_readings=4, max_samples=None)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=TensorBoardLogger(logdir, name=None, version=optimizer, default_hp_metric=False),
-        # All of the batch, at a cadence of our own: this run is about curvature.
-        callbacks=[DynWatch(hessian=HessianMonitor(every_n_steps=READ_EVERY, max_samples=None), report=False)],
+        callbacks=[DynWatch(hessian=monitor, report=False)],
         log_every_n_steps=READ_EVERY,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -64,6 +64,7 @@ class Rule(ABC):
         name: Unique among the rules of a run; verdicts stand in TensorBoard at `stop/<name>`.
         reads: Tags of the readings that the rule looks at; one that ends in "/" stands for all tags below it.
         needs: Those of `reads` without any one of which it can judge nothing; empty if any one of `reads` is enough.
+        quotes: Those of `reads` that only go into the words of its verdicts, so that alone they are nothing to judge.
         action: What is done about its verdicts: "stop", "warn" or "shadow".
         kept: Names of the attributes that make its state.
 
@@ -79,8 +80,14 @@ class Rule(ABC):
     name: str
     reads: tuple[str, ...] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    quotes: ClassVar[tuple[str, ...]] = ()
     action: Action = "stop"
     kept: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The tags to miss when they do not come: `needs`, or all that is read but not only quoted."""
+        return self.needs or tuple(tag for tag in self.reads if tag not in self.quotes)
 
     @abstractmethod
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:

@@ -58,7 +58,7 @@ class Divergence(Rule):
     """
 
     name = "divergence"
-    reads = (tags.LOSS, tags.CRITICAL_LR)
+    reads = (tags.LOSS, tags.CRITICAL_LR, tags.LR)
     needs = (tags.LOSS,)
     kept = ("limit", "_first", "_inside", "_outside", "_latest_outside", "_recent", "_critical")
     _BEGIN, _TIMES, _FARTHEST = 5, 3.0, 10.0

@@ -42,7 +42,7 @@ class GradientExplosion(Rule):
     """
 
     name = "gradient_explosion"
-    reads = (tags.GRADIENT, tags.SCALER, tags.CRITICAL_LR)
+    reads = (tags.GRADIENT, tags.SCALER, tags.CRITICAL_LR, tags.LR)
     needs = (tags.GRADIENT,)
     kept = ("_first", "_inside", "_outside", "_recent", "_critical")
     _DRIFT = 10.0

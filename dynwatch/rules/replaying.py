@@ -30,10 +30,11 @@ class Outcome:
         saved: Share of the budget that a stop at this step saves.
         verdict: Its first verdict.
         fired: At how many steps it has something to object to.
-        missing: Tags of `rule.needs`, or of `rule.reads` if it needs none in particular, that the log does not have,
-            so that "never fired" is not taken for "had nothing to read"; one that ends in "/" stands for all below it.
+        missing: Tags of `rule.judges` that the log does not have, so that "never fired" is not taken for "had nothing
+            to read"; one that ends in "/" stands for all below it.
         failed: What the rule raised, after which it was not asked any more.
         needs: The rule's `needs`.
+        quotes: The rule's `quotes`.
 
     Example:
         >>> Outcome("run", "divergence", "stop", missing=("stop/loss",)).step is None
@@ -51,13 +52,14 @@ class Outcome:
     missing: tuple[str, ...] = ()
     failed: str = ""
     needs: tuple[str, ...] = ()
+    quotes: tuple[str, ...] = ()
 
     @property
     def nothing_to_read(self) -> bool:
         """Whether the log lacks what the rule needs, or has nothing that it reads but the share spent."""
         if self.needs:
             return bool(self.missing)
-        return bool(self.reads) and set(self.reads) <= {*self.missing, tags.PROGRESS}
+        return bool(self.reads) and set(self.reads) <= {*self.missing, *self.quotes, tags.PROGRESS}
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,16 @@ def replay_readings(
                 if verdict is None:
                     first, verdict = step, found
         saved = None if first is None else max(0.0, 1 - (first + 1) / budget)
-        missing = tuple(tag for tag in rule.needs or rule.reads if not is_known(tag, known))
+        missing = tuple(tag for tag in rule.judges if not is_known(tag, known))
         failed = book.failed.get(rule.name, "")
         outcomes.append(
             Outcome(
-                run, label, rule.action, first, saved, verdict, fired, rule.reads, missing, failed, needs=rule.needs
+                *(run, label, rule.action, first, saved, verdict, fired),
+                reads=rule.reads,
+                missing=missing,
+                failed=failed,
+                needs=rule.needs,
+                quotes=rule.quotes,
             )
         )
     return outcomes

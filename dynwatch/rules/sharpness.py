@@ -29,7 +29,8 @@ class Sharpness(Rule):
       than 3 robust σ of their noise and more than a tenth of its size (in medians).
 
     The usual distance is the median of the last 8, or the last one if that is larger. Where readings come on nearly
-    every step, those within 10 losses of another do not begin a stretch of losses of their own.
+    every step, those within 10 losses of another do not begin a stretch of losses of their own. The advice quotes the
+    largest critical rate of the last `patience` readings: as the loss rises, the curvature often rises with it.
 
     Args:
         patience: Readings above the margin in a row before it fires, 2 or more.
@@ -71,7 +72,7 @@ class Sharpness(Rule):
         self._count = 0  # readings above the margin in a row
         self._losses = LossesSince(patience - 1)  # the losses since the present reading are none yet
         self._ratios = Recent(tags.SHARPNESS_RATIO)
-        self._critical = CriticalRate()
+        self._critical = CriticalRate(patience)
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
         self._critical.take(step, readings)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
+import types
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
 from bits import differences, train_model
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
 from dynwatch.callbacks.replay import Replay
+from dynwatch.callbacks.snapshot import CannotReplayError
 
 
 class Step(pl.LightningModule):
@@ -261,6 +265,52 @@ class Batch(Step):
         return cross_entropy(self.net(x), batch.pop())
 
 
+class Meter:
+    """A plain object of the user's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[float] = []
+
+
+_RNG = np.random.default_rng(0)
+_LOSSES: list[float] = []
+_TOTAL = 0.0
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A helper in the same file, with a generator of the file."""
+    return x * float(_RNG.uniform(0.9, 1.1))
+
+
+class Outside(Step):
+    """Changes what stands outside of the object: variables of the file and of the class, memory through NumPy."""
+
+    meter = Meter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = torch.zeros(3)
+        self.text = io.StringIO()
+        _RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+        _LOSSES.clear()
+        type(self).meter = Meter()
+
+    def change(self, x: Tensor) -> Tensor:
+        global _TOTAL
+        _TOTAL = len(_LOSSES) + 1.0
+        _LOSSES.append(_TOTAL)
+        self.meter.count += 1
+        self.meter.sums.append(float(self.meter.count))
+        self.bank.numpy()[:] += 1
+        self.text.write("step ")
+        return mixed(x) + 0.01 * _LOSSES[-1] + 0.01 * self.bank.mean()
+
+    def noted(self) -> Any:
+        generator = _RNG.bit_generator.state
+        return _TOTAL, list(_LOSSES), vars(self.meter), self.bank, self.text.getvalue(), generator
+
+
 CHANGES: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "draws": (Draws, {}),
     "containers": (Containers, {}),
@@ -272,6 +322,7 @@ CHANGES: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "normed": (Normed, {}),
     "hooked": (Hooked, {}),
     "stops": (Stops, {}),
+    "outside": (Outside, {}),
     "accumulated": (Draws, {"accumulate_grad_batches": 4}),
     "bf16": (Draws, {"precision": "bf16-mixed"}),
 }
@@ -327,7 +378,9 @@ def test_a_replay_changes_no_bit(kind: str, tmp_path: Path) -> None:
         assert bare[0] != train_model(model, settings, tmp_path / "naive", Naive())[0]
 
 
-_COUNTDOWN = {"evaluations": 0}
+# A module, so that a replay does not put it back.
+_COUNTDOWN: Any = types.ModuleType("countdown")
+_COUNTDOWN.evaluations = 0
 
 
 class Failing(Draws):
@@ -336,8 +389,8 @@ class Failing(Draws):
     def change(self, x: Tensor) -> Tensor:
         x = super().change(x.mul_(2))
         self.net[1].weight.data.mul_(0.9)
-        _COUNTDOWN["evaluations"] -= 1  # outside of the module, so that a replay does not put it back
-        if _COUNTDOWN["evaluations"] == 0:
+        _COUNTDOWN.evaluations -= 1
+        if _COUNTDOWN.evaluations == 0:
             raise ZeroDivisionError
         return x
 
@@ -347,11 +400,11 @@ class Fails(pl.Callback):
         self.at = at
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        _COUNTDOWN["evaluations"] = self.at
+        _COUNTDOWN.evaluations = self.at
         with pytest.raises(ZeroDivisionError), Replay(trainer, pl_module, batch, batch_idx) as replay:
             for _ in range(self.at):
                 replay.gradient()
-        assert _COUNTDOWN["evaluations"] == 0
+        assert _COUNTDOWN.evaluations == 0
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -362,3 +415,102 @@ def test_a_step_that_raises_leaves_nothing_behind(at: int, tmp_path: Path) -> No
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cudnn.enabled
     assert torch.is_grad_enabled()
+
+
+class Held(pl.Callback):
+    """A callback and a data module of the user's that the step changes."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, iterates: bool = False) -> None:
+        super().__init__()
+        self.difficulty = 0
+        self.unlabelled = iter(range(1000)) if iterates else None
+
+    def train_dataloader(self) -> Any:
+        return runs.data()
+
+
+class Curriculum(runs.Classifier):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        held = next(each for each in self.trainer.callbacks if isinstance(each, Held))
+        held.n += 1
+        self.trainer.datamodule.difficulty += 1
+        if self.trainer.datamodule.unlabelled is not None:
+            next(self.trainer.datamodule.unlabelled)
+        return super().training_step([batch[0] * (1 + 0.01 * held.n), batch[1]], batch_idx)
+
+
+def test_data_modules_and_callbacks_are_put_back(tmp_path: Path) -> None:
+    """What the step changes in them is as before the replay."""
+    held, data, replays = Held(), Data(), Replays()
+    runs.trainer(tmp_path, [held, replays]).fit(Curriculum(), datamodule=data)
+    assert (held.n, data.difficulty) == (16, 16) and len(replays.losses) == 16
+
+
+def test_an_iterator_of_the_data_module_is_refused(tmp_path: Path) -> None:
+    """By its name, before anything is drawn from it."""
+    found = []
+
+    class Refused(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            with pytest.raises(CannotReplayError, match=r"trainer\.datamodule\.unlabelled is an iterator"):
+                Replay(trainer, pl_module, batch, batch_idx).__enter__()
+            found.append(batch_idx)
+
+    data = Data(iterates=True)
+    runs.trainer(tmp_path, [Held(), Refused()]).fit(Curriculum(), datamodule=data)
+    assert len(found) == 16 and next(data.unlabelled) == 16
+
+
+def test_one_that_cannot_be_put_back_does_not_keep_the_rest(tmp_path: Path) -> None:
+    """A container that refuses to be changed is told; all others, and the user's self.log, are as before."""
+
+    class Odd(runs.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = [0]
+            self.odd = Unrestorable()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append(batch_idx)
+            self.odd.value += 1
+            return super().training_step(batch, batch_idx)
+
+    class Unrestorable:
+        __slots__ = ("_value", "replaying")
+
+        def __init__(self) -> None:
+            object.__setattr__(self, "_value", 0)
+
+        @property
+        def value(self) -> int:
+            return self._value
+
+        @value.setter
+        def value(self, value: int) -> None:
+            object.__setattr__(self, "_value", value)
+
+    told = []
+
+    class Sees(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            replay = Replay(trainer, pl_module, batch, batch_idx)
+            replay.__enter__()
+            replay.loss(replay.leaves())
+            replay._sandbox._state._undo.insert(0, (_fails,))
+            with pytest.raises(ZeroDivisionError):
+                replay.__exit__(None, None, None)
+            assert len(pl_module.seen) == len(told) + 2 and pl_module.odd.value == len(told) + 1
+            assert "log" not in vars(pl_module)
+            told.append(batch_idx)
+
+    runs.trainer(tmp_path, [Sees()]).fit(Odd(), runs.data())
+    assert len(runs.scalars(tmp_path / "run")["train_loss"]) == len(told) == 16
+
+
+def _fails() -> None:
+    raise ZeroDivisionError
