@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynwatch.batch_size import HessianSpread, directional, spread_of_chunks
+from dynwatch.batch_size import HessianSpread, critical_lr_in_noise, spread_of_chunks
 from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, least_over_ranks, sums_over_ranks
 from dynwatch.callbacks.memory import free_memory
 from dynwatch.callbacks.replay import Replay
@@ -284,8 +284,9 @@ class Reader:
             return 0
         spread = HessianSpread(outer, along, seen.samples)
         for size in batch_sizes:
-            value, _ = directional(sharpness, spread, size, seen.samples)
-            reading.values[f"{AT_BATCH_SIZE}{size}"] = steps.critical_lr(value)
+            reading.values[f"{AT_BATCH_SIZE}{size}"] = critical_lr_in_noise(
+                sharpness, spread, size, seen.samples, steps.threshold, steps.inverse_gain
+            )
         return 1
 
     def _spread(self, replay: Replay, steps: Stability, top: Tensor) -> tuple[float, float]:

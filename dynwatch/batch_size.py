@@ -15,6 +15,9 @@ from torch import Tensor
 from dynwatch.constants import widest_float
 from dynwatch.rules.base import check_count, check_number
 
+# More samples than any data set has.
+_MANY = 10**15
+
 
 def isotropic(lambda_: float, variance: float, batch: int, full: int) -> float:
     r"""An extreme eigenvalue of a mini-batch's Hessian, if the noise of the Hessian has no preferred direction.
@@ -211,3 +214,42 @@ def directional(lambda_: float, spread: HessianSpread, batch: int, full: int) ->
     share = 1 / batch - 1 / full
     mean = lambda_ + spread.outer * share / lambda_
     return (lambda_ / 2 if mean < lambda_ / 2 else mean), math.sqrt(spread.along * abs(share))
+
+
+def critical_lr_in_noise(
+    lambda_: float, spread: HessianSpread, batch: int, full: int, threshold: float = 2.0, inverse_gain: float = 1.0
+) -> float:
+    r"""The learning rate above which a run on fresh random batches leaves a valley in the mean square.
+
+    .. math:: \frac{2}{2 \lambda / T + v / (\lambda G)}, \qquad v = (U + \mathrm{Var}(u^T H_i u)) / B
+
+    with λ that of all data, T what lr · λ must stay below without noise, and 1/G the sum of the momentum filter's
+    weights. For SGD without momentum it is 2 / (λ + v/λ), the form of arXiv 2006.09092 with the noise along the top
+    eigenvector: linear in B while v is larger than λ², saturating at 2/λ. Momentum averages the oscillation away but not
+    the noise, which comes anew with each batch: so it helps large batches only.
+
+    Args:
+        lambda_: λ, measured on N samples; that of all data is extrapolated with `directional`.
+        spread: Along λ's eigenvector.
+        batch: B, samples in each batch of the run.
+        full: N.
+        threshold: T: 2 for SGD, see `dynwatch.stability.Stability`.
+        inverse_gain: G: 1 for SGD without momentum and for averaged gradients (Adam).
+
+    Returns:
+        The rate; NaN if λ is not positive.
+
+    Raises:
+        ValueError: If a size is below 1.
+
+    Example:
+        >>> spread = HessianSpread(outer=0.0, along=16.0, samples=64)
+        >>> [round(critical_lr_in_noise(4.0, spread, batch, full=64), 3) for batch in (1, 4, 10**9)]
+        [0.25, 0.4, 0.5]
+    """
+    check_count("batch", batch)
+    of_all, _ = directional(lambda_, spread, _MANY, full)
+    if not of_all > 0:
+        return math.nan
+    noise = (spread.outer + spread.along) / batch
+    return 2 / (2 * of_all / threshold + noise / (of_all * inverse_gain))

@@ -44,6 +44,8 @@ class Stability:
         decoupled_decay: Decay that bypasses the preconditioner (AdamW), relative to `lr`. Where groups differ it is
             the largest, so that the critical rate errs to the safe side, by at most lr · decay / 2 of itself.
         threshold: What lr · λ_max must stay below.
+        inverse_gain: 1 over the sum of the momentum filter's weights: 1 where gradients are averaged, (1 - β)/(1 - τ)
+            for SGD with momentum.
 
     Example:
         >>> plain = Stability("SGD", lr=0.1, scale=None, weight_decay=0.0, decoupled_decay=0.0, threshold=2.0)
@@ -57,6 +59,7 @@ class Stability:
     weight_decay: Tensor | float
     decoupled_decay: float
     threshold: float
+    inverse_gain: float = 1.0
 
     def critical_lr(self, sharpness: float) -> float:
         """The reference rate above which the run is unstable, from λ_max of S (H + W) S.
@@ -158,7 +161,8 @@ def stability(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Stability:
     weight_decay: Tensor | float = next(iter(coupled.values()))
     if len(set(coupled.values())) > 1:
         weight_decay = flat([0.0 if group is None else coupled[id(group)] for group in owners])
-    return Stability(kind, lr, scale, weight_decay, max(shrinking, default=0.0), threshold)
+    gain = max(_inverse_gain(group) for group in groups)
+    return Stability(kind, lr, scale, weight_decay, max(shrinking, default=0.0), threshold, gain)
 
 
 def _rate(kind: str, group: Mapping[str, Any]) -> float:
@@ -168,6 +172,12 @@ def _rate(kind: str, group: Mapping[str, Any]) -> float:
     if not 0 <= rate < math.inf:
         raise Unsupported(f"{kind} has lr={rate!r} in a group; it must be 0 or more and finite.")
     return rate
+
+
+def _inverse_gain(group: Mapping[str, Any]) -> float:
+    """Of SGD and RMSprop; other optimizers have averages in place of a sum."""
+    momentum, kept = float(group.get("momentum", 0.0)), 1 - float(group.get("dampening", 0.0))
+    return (1 - momentum) / kept if momentum and kept else 1.0
 
 
 def _common_threshold(kind: str, rule: _Rule, groups: Sequence[Mapping[str, Any]], step: float) -> float:

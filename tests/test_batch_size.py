@@ -14,7 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynwatch.batch_size import HessianSpread, directional, isotropic, isotropic_inverse, spread_of_chunks
+from dynwatch.batch_size import (
+    HessianSpread,
+    critical_lr_in_noise,
+    directional,
+    isotropic,
+    isotropic_inverse,
+    spread_of_chunks,
+)
 
 Array = npt.NDArray[np.float64]
 NOTHING = HessianSpread(outer=0.0, along=0.0, samples=8)
@@ -241,3 +248,36 @@ def test_bad_arguments_are_named(call: Callable[[], Any], text: str) -> None:
     """An argument out of bounds is told with its value and the bound."""
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("averaged", [False, True], ids=["summed", "averaged"])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 10.0])
+def test_critical_rate_in_noise_is_that_of_the_second_moments(momentum: float, averaged: bool, noise: float) -> None:
+    """One direction whose curvature comes anew each step: E x² shrinks just below the rate and grows just above."""
+    curvature, kept = 2.0, (1 - momentum if averaged else 1.0)
+    spread = HessianSpread(outer=0.0, along=noise * 10**6, samples=10**9)
+    rate = critical_lr_in_noise(
+        curvature,
+        spread,
+        batch=10**6,
+        full=10**9,
+        threshold=2 * (1 + momentum) / kept,
+        inverse_gain=(1 - momentum) / kept,
+    )
+
+    def growth(lr: float) -> float:
+        # m' = β m + kept h x, x' = x - lr m', on (x², x m, m²), with E h = λ and E h² = λ² + noise
+        b, first, second = momentum, kept * curvature, kept**2 * (curvature**2 + noise)
+        m2 = [second, 2 * b * first, b * b]  # E m'² from x², x m, m²
+        xm = [first, b, 0.0]  # E x m'
+        step = np.array(
+            [
+                [1 - 2 * lr * xm[0] + lr**2 * m2[0], -2 * lr * xm[1] + lr**2 * m2[1], lr**2 * m2[2]],
+                [xm[0] - lr * m2[0], xm[1] - lr * m2[1], -lr * m2[2]],
+                m2,
+            ]
+        )
+        return float(np.abs(np.linalg.eigvals(step)).max())
+
+    assert growth(0.98 * rate) < 1 < growth(1.02 * rate)
