@@ -40,10 +40,11 @@ class Budget:
         self._due: int | None = None
         self._spent = 0.0
 
-    def spend(self, kind: str, seconds: float) -> None:
-        """Note what a reading took."""
+    def spend(self, kind: str, seconds: float, whole: bool = True) -> None:
+        """Note what a reading took; one that is not whole tells nothing of what the next one takes."""
         self._spent += seconds
-        self.costs[kind] = seconds
+        if whole:
+            self.costs[kind] = seconds
         self._due = None  # until the ranks have planned anew
 
     def is_due(self, step: int) -> bool:

@@ -19,7 +19,7 @@ from dynwatch.krylov import Storage
 from dynwatch.lanczos import Ends, Extremes, extreme_eigenvalues
 from dynwatch.learning_rate import batch_sharpness, learned_rates
 from dynwatch.operators import Operator, preconditioned
-from dynwatch.ranks import RankFailure
+from dynwatch.ranks import RankFailure, sum_of_ranks
 from dynwatch.rules import tags
 from dynwatch.spectral_density import SpectralDensity, trace
 from dynwatch.stability import Stability, Unsupported, stability
@@ -160,6 +160,7 @@ class Reader:
                     reading, replay, seen, way, steps, sharpness, top, ranks, failure, batch_sizes
                 )
         values[HVPS] = hvps
+        _leave_out_nothings(reading)
         return reading
 
     def _affordable(self, operator: Operator, ranks: int) -> int:
@@ -263,35 +264,45 @@ class Reader:
         batch_sizes: Sequence[int],
     ) -> int:
         """The critical rate at other batch sizes, from how much the Hessian along its top vector differs by chunk."""
-        if way.method != "exact" or seen.samples is None:
+        if way.method != "exact":
             reading.absent[AT_BATCH_SIZE] = "it needs exact products on parts of the batch"
             return 0
-        outer = along = math.nan
-        failed, why = 0.0, "on another rank"
+        if seen.samples is None:
+            where = "the batch cannot be cut into samples" if replay.samples is None else "another rank's cannot be cut"
+            reading.absent[AT_BATCH_SIZE] = f"it needs parts of the batch: {replay.whole or where}"
+            return 0
+        failed, why = False, "on another rank"
+        products, sizes = [top * math.nan], [1]
         try:
-            if (replay.samples or 0) > 1:
-                outer, along = self._spread(replay, steps, top)
+            products, sizes = self._on_chunks(replay, steps, top, ranks)
         except Exception as error:
             if is_out_of_memory(error):
                 failure.error = error
             # As BatchNorm, of which a part of the batch may be too small for a variance.
-            failed, why = 1.0, f"{type(error).__name__}: {error}".splitlines()[0]
+            failed, why = True, f"{type(error).__name__}: {error}".splitlines()[0]
         if ranks > 1:
-            outer, along, failed = (n / ranks for n in sums_over_ranks([outer, along, failed], top.device))
-        if not math.isfinite(outer):
-            few = "it needs a batch of several samples on each rank"
+            spread = spread_of_chunks(products, top, sizes, pool=sum_of_ranks)
+            failed = sums_over_ranks([failed], top.device)[0] > 0
+        elif len(products) > 1:
+            spread = spread_of_chunks(products, top, sizes)
+        else:
+            spread = HessianSpread(math.nan, math.nan, 1)
+        if not math.isfinite(spread.outer):
+            few = "it needs a batch of several samples"
             reading.absent[AT_BATCH_SIZE] = f"products on parts of the batch failed ({why})" if failed else few
             return 0
-        spread = HessianSpread(outer, along, seen.samples)
         for size in batch_sizes:
             reading.values[f"{AT_BATCH_SIZE}{size}"] = critical_lr_in_noise(
                 sharpness, spread, size, seen.samples, steps.threshold, steps.inverse_gain
             )
         return 1
 
-    def _spread(self, replay: Replay, steps: Stability, top: Tensor) -> tuple[float, float]:
+    def _on_chunks(self, replay: Replay, steps: Stability, top: Tensor, ranks: int) -> tuple[list[Tensor], list[int]]:
+        """Products of the Hessians of this rank's chunks with the top vector, and the chunks' sizes."""
         samples = replay.samples or 0
-        count = min(_CHUNKS, samples)
+        count = min(max(_CHUNKS // ranks, 1), max(samples // 2, 1))  # BatchNorm needs two samples
+        if samples in (2, 3) and ranks == 1:
+            count = 2
         edges = [samples * k // count for k in range(count + 1)]
         products = []
         for k, (start, stop) in enumerate(pairwise(edges)):
@@ -299,9 +310,22 @@ class Reader:
             if steps.scale is not None:
                 operator = preconditioned(operator, steps.scale)
             products.append(operator(top))
-        sizes = [stop - start for start, stop in pairwise(edges)]
-        spread = spread_of_chunks(products, top, sizes)
-        return spread.outer, spread.along
+        return products, [stop - start for start, stop in pairwise(edges)]
+
+
+# Why a full reading may have no such value, although the loss is finite.
+_FLAT = "the largest eigenvalue is not above zero, so that curvature bounds no learning rate"
+_BULK_ALONE = "no eigenvalue lies outside the bulk near zero"
+_NOTHINGS = {CRITICAL_LR: _FLAT, AT_BATCH_SIZE: _FLAT, LEARNED_LR: _BULK_ALONE, LEARNED_MOMENTUM: _BULK_ALONE}
+
+
+def _leave_out_nothings(reading: Reading) -> None:
+    """Leave out what this spectrum does not have, instead of infinity and NaN, and note why."""
+    for tag, value in list(reading.values.items()):
+        kind = AT_BATCH_SIZE if tag.startswith(AT_BATCH_SIZE) else tag
+        if kind in _NOTHINGS and not math.isfinite(value):
+            del reading.values[tag]
+            reading.absent[kind] = _NOTHINGS[kind]
 
 
 def is_finite(reading: Reading) -> bool:

@@ -29,7 +29,7 @@ from dynwatch.callbacks.curvature_reading import Reader, Reading, Settings
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.panels import Chart
-from dynwatch.callbacks.replay import Loss, Replay
+from dynwatch.callbacks.replay import Loss, Replay, SkippedBatchError
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.krylov import Storage
 from dynwatch.ranks import RankFailure
@@ -52,6 +52,9 @@ class HessianMonitor(Monitor):
     top of the spectrum, from where the last reading found it; every `full_every_n_readings`-th one takes the whole
     spectrum from a random start. It stands at the step at which Lightning logs the same batch and is of the weights
     after that step. Under DDP it is of the ranks' batches together; under FSDP2 products are differences of gradients.
+
+    A replay passes batch_idx=0. Where it gives None, by which Lightning skips a batch, there is no reading this time;
+    with `probe_batch="first"` the next batch becomes the probe.
 
     Logs, at each reading (λ is the largest eigenvalue):
 
@@ -154,6 +157,8 @@ class HessianMonitor(Monitor):
         self.way = None
         self._reader = Reader(self._settings)
         self._readings = 0
+        self._skipped = 0  # readings that there were not, because the step skipped its batch
+        self._read: set[str] = set()  # the tags that have had a value
         self._allowed = self.max_samples
         self._short_of_memory = 0  # readings in a row that ran out of it
         self._probe: Any = None  # the batch that is replayed
@@ -201,7 +206,13 @@ class HessianMonitor(Monitor):
         return "full" if self._readings % every == min(1, every - 1) else "reading"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._budget is not None and not self._readings and not self._reason:
+        if self._skipped and not self._readings:
+            reason = (
+                f"training_step returned None, which skips the batch, at each of {self._skipped} readings; it was "
+                "given batch_idx=0"
+            )
+            Stream.of(trainer).unavailable(tags.LAMBDA_MAX, reason)
+        elif self._budget is not None and not self._readings and not self._reason:
             reason = (
                 f"none fitted into max_overhead={self._budget.share:g} of so short a run; give every_n_steps to have "
                 "readings at any cost"
@@ -245,15 +256,28 @@ class HessianMonitor(Monitor):
             reading = self._measure(trainer, pl_module, failure, full=kind == "full")
         except Exception as error:
             failure.error = failure.error or error
-        finally:
-            _wait_for(device)
-            if self._budget is not None:
-                self._budget.spend(kind, time.perf_counter() - began)
-        self._readings += 1
+        # One rank's batch is all ranks' loss.
+        skipped = not all_could(not isinstance(failure.error, SkippedBatchError), trainer.world_size, device)
+        _wait_for(device)
+        if self._budget is not None:
+            self._budget.spend(kind, time.perf_counter() - began, whole=not skipped)
+        if skipped:
+            self._skip(failure)
+            reading = None
+        else:
+            self._readings += 1
         if reading is not None:
             self._hand_over(trainer, reading)
         if failure.error is not None:
             self._bear(failure.error)
+
+    def _skip(self, failure: RankFailure) -> None:
+        """No reading this time, on any rank; the next one has another batch."""
+        self._skipped += 1
+        if self.probe_batch == "first":
+            self._probe = None
+        if isinstance(failure.error, SkippedBatchError):
+            failure.error = None
 
     def _bear(self, error: Exception) -> None:
         """Go on with fewer samples after running out of memory; anything else ends this monitor."""
@@ -321,9 +345,15 @@ class HessianMonitor(Monitor):
     def _hand_over(self, trainer: Trainer, reading: Reading) -> None:
         stream, step = Stream.of(trainer), Stream.step(trainer)
         for tag, reason in reading.absent.items():
-            stream.unavailable(tag, reason)
+            if tag in self._read:  # what it was before stays in the summary
+                stream.remarks[tag] = f"none at step {step}: {reason}"
+            else:
+                stream.unavailable(tag, reason)
         for tag in reading.values:
-            stream.reasons.pop(tag, None)
+            known = tags.AT_BATCH_SIZE if tag.startswith(tags.AT_BATCH_SIZE) else tag
+            self._read.add(known)
+            stream.reasons.pop(known, None)
+            stream.remarks.pop(known, None)
         if reading.values:
             self._short_of_memory = 0
             values = torch.tensor(list(reading.values.values()), dtype=torch.float64)

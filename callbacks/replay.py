@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 # The loss of a module on a batch, in place of the training step.
 Loss = Callable[[LightningModule, Any], Tensor]
+
+
+# Characters of another library's message that are quoted.
+_MOST_QUOTED = 100
+
+
+class SkippedBatchError(CannotReplayError):
+    """A training step that returned None, which in Lightning skips the batch: there is no loss of it."""
 
 
 class Replay:
@@ -51,7 +59,8 @@ class Replay:
             optimization needs it.
 
     Raises:
-        CannotReplayError: If the module's training step cannot be replayed; the message says what to do.
+        CannotReplayError: If the module's training step cannot be replayed; the message says what to do. A
+            `SkippedBatchError` says that it can be, but not on this batch.
     """
 
     def __init__(
@@ -72,6 +81,12 @@ class Replay:
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise CannotReplayError("no parameter requires a gradient, so there is nothing to measure.")
+        unreal = [name for name, p in self.parameters.items() if p.is_complex()]
+        if unreal:
+            raise CannotReplayError(
+                f"complex parameters have no real Hessian here: {_first(unreal)}. Keep their real and imaginary parts "
+                "as one real parameter (torch.view_as_complex in forward), or freeze them."
+            )
         self.operations: frozenset[str] = frozenset()
         self.samples = samples_in(batch)
         self.whole = ""
@@ -82,7 +97,7 @@ class Replay:
                 elif self.samples > max_samples:
                     batch, self.samples = part(batch, self.samples, 0, max_samples), max_samples
             except (TypeError, ValueError, IndexError, RuntimeError) as error:  # a container or tensor of some kind
-                self.whole, self.samples = f"the batch cannot be cut ({type(error).__name__}: {error})", None
+                self.whole, self.samples = f"the batch cannot be cut ({type(error).__name__}: {_brief(error)})", None
         self._trainer = trainer
         self._module = pl_module
         self.batch = batch
@@ -93,6 +108,7 @@ class Replay:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_dense_gradients(self._module))  # before the sandbox, which puts back what it finds
             stack.enter_context(self._sandbox)
             # Also around what the caller differentiates: checkpointed parts run once more then.
             stack.enter_context(_twice_differentiable(self._module))
@@ -126,7 +142,7 @@ class Replay:
             seed: Another start for torch's random streams, for parts of a batch that are to be independent.
 
         Raises:
-            CannotReplayError: If the step gives no scalar loss.
+            CannotReplayError: If the step gives no scalar loss; a `SkippedBatchError` if it gives None.
         """
         self._sandbox.rewind()
         if seed is not None:
@@ -153,11 +169,17 @@ class Replay:
         """Note the operations behind a loss, and refuse it if it depends on parameters that have been replaced."""
         self.operations, leaves = behind(loss)
         missed = [name for name, p in self.parameters.items() if p in replaced and p in leaves]
+        scripted = _scripted(self._module, missed)
+        if scripted:
+            raise CannotReplayError(
+                f"{scripted} is compiled by TorchScript (torch.jit), where no other values can be given to its "
+                f"parameters ({_first(missed)}): train the plain module, and script it after training."
+            )
         if missed:
             raise CannotReplayError(
-                f"training_step reads {', '.join(missed[:3])}{' and others' * (len(missed) > 3)} from a place other "
-                "than the module's attributes, lists and dictionaries (a tuple, an optimizer, a module outside of it), "
-                "where no other values can be given to it. Use self.parameters() or keep them in nn.ParameterList."
+                f"training_step reads {_first(missed)} from a place other than the module's attributes, lists and "
+                "dictionaries (a tuple, an optimizer, a module outside of it), where no other values can be given to "
+                "it. Use self.parameters() or keep them in nn.ParameterList."
             )
 
     def gradient(self, displacement: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -210,6 +232,8 @@ class Replay:
         source = "training_step" if self._loss is None else "the function loss="
         if isinstance(result, Mapping) and "loss" in result:
             result = result["loss"]
+        if result is None:
+            raise SkippedBatchError(f"{source} returned None, which skips the batch, so that it has no loss.")
         if not isinstance(result, Tensor):
             raise CannotReplayError(
                 f"{source} returned {type(result).__name__} and must return the loss, a tensor with one number, or a "
@@ -224,6 +248,19 @@ class Replay:
                 f"{source} returned a loss that depends on no parameter: it was detached, or computed under no_grad."
             )
         return result.reshape(())
+
+
+@contextlib.contextmanager
+def _dense_gradients(module: nn.Module) -> Iterator[None]:
+    """Embeddings with dense gradients, which those with sparse=True do not have and vectors are made of."""
+    sparse = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    for child in sparse:
+        child.sparse = False
+    try:
+        yield
+    finally:
+        for child in sparse:
+            child.sparse = True
 
 
 @contextlib.contextmanager
@@ -260,6 +297,24 @@ class _WeightNormByFormula(TorchFunctionMode):
 def _has_weight_norm(module: nn.Module) -> bool:
     old = (type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
     return type(module).__name__ == "_WeightNorm" or any(old)
+
+
+def _scripted(module: nn.Module, parameters: Sequence[str]) -> str:
+    """The module compiled by TorchScript that holds one of these parameters; empty if there is none."""
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule) and any(p.startswith(f"{name}.") for p in parameters):
+            return str(name)
+    return ""
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + " and others" * (len(names) > 3)
+
+
+def _brief(error: Exception) -> str:
+    """The first line of a message, not too long: torch adds its whole table of kernels to some."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return line if len(line) <= _MOST_QUOTED else f"{line[:_MOST_QUOTED].rstrip()}…"
 
 
 def behind(loss: Tensor) -> tuple[frozenset[str], set[Tensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.journal import WriteJournal, memory_of
 from dynwatch.callbacks.namespaces import LightningModule, Logger, Trainer
 from dynwatch.callbacks.snapshot import Snapshot
@@ -50,8 +51,9 @@ class Sandbox:
         roots = {type(module).__name__: module, "batch": self._batch}
         roots["trainer.datamodule"] = getattr(trainer, "datamodule", None)
         callbacks = {f"trainer.callbacks[{i}]": each for i, each in enumerate(getattr(trainer, "callbacks", ()))}
-        roots |= {name: each for name, each in callbacks.items() if not type(each).__module__.startswith("dynwatch.")}
-        self._state = Snapshot(roots, (type(trainer), Trainer, Logger), lenient=frozenset(callbacks))
+        # Monitors work while the sandbox is open; what they learn must stay.
+        skip = (type(trainer), Trainer, Logger, Monitor)
+        self._state = Snapshot(roots | callbacks, skip, lenient=frozenset(callbacks))
         # What has a place of its own in the run is noted without looking into it.
         self._shallow = [(now, dict(now)) for now in _attributes_of_the_run(trainer)]
         self._random = _random_streams(module)
@@ -153,6 +155,15 @@ class Mute:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __int__(self) -> int:
+        return 0
+
+    def __float__(self) -> float:
+        return 0.0
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -287,7 +287,16 @@ _SKIPPED: tuple[type, ...] = (
 )
 
 # Objects of these packages that are not modules work between steps and ranks; they are not the module's state.
-_FRAMEWORKS = ("torch.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "threading", "asyncio", "builtins")
+_FRAMEWORKS = (
+    "torch.",
+    "dynwatch.",
+    "pytorch_lightning.",
+    "lightning.",
+    "lightning_fabric.",
+    "threading",
+    "asyncio",
+    "builtins",
+)
 
 _NOT_USERS = {*sys.stdlib_module_names, "dynwatch", "torch", "numpy", "pytorch_lightning", "lightning"} - {"__main__"}
 

@@ -116,7 +116,11 @@ def _itself(dots: Tensor) -> Tensor:
 
 
 def spread_of_chunks(
-    products: Sequence[Tensor], u: Tensor, sizes: Sequence[int], reduce: Callable[[Tensor], Tensor] = _itself
+    products: Sequence[Tensor],
+    u: Tensor,
+    sizes: Sequence[int],
+    reduce: Callable[[Tensor], Tensor] = _itself,
+    pool: Callable[[Tensor], Tensor] = _itself,
 ) -> HessianSpread:
     r"""The per-sample spread of the Hessian along u, from H_k u on chunks of a batch.
 
@@ -132,6 +136,8 @@ def spread_of_chunks(
         u: [n], as a rule the top Ritz vector; of any length but zero.
         sizes: K samples c_k.
         reduce: Turns dot products, [2K + 1], over this process's entries into those over all.
+        pool: Sums over processes that have chunks of their own of one batch, and the same u; with it one chunk on each
+            is enough.
 
     Returns:
         The spread; NaN in it if a product is not finite.
@@ -145,7 +151,7 @@ def spread_of_chunks(
         HessianSpread(outer=8.0, along=8.0, samples=8)
     """
     count = len(products)
-    if count < 2 or len(sizes) != count:
+    if count < (2 if pool is _itself else 1) or len(sizes) != count:
         raise ValueError(
             f"products has {count} chunks and sizes {len(sizes)}: give one size each for 2 chunks or more; "
             "split the batch further."
@@ -156,12 +162,13 @@ def spread_of_chunks(
             raise ValueError(
                 f"products[{k}] has shape {tuple(products[k].shape)} and must have that of u, {tuple(u.shape)}."
             )
-    samples = sum(sizes)
-    mean = torch.zeros_like(products[0])
-    for size, product in zip(sizes, products, strict=True):
-        mean.add_(product, alpha=size / samples)
-    # In the widest type, so that squares of float32 cannot overflow.
     wide = widest_float(u.device)
+    total_product = torch.zeros_like(products[0])
+    for size, product in zip(sizes, products, strict=True):
+        total_product.add_(product, alpha=size)
+    chunks, samples = (round(n) for n in pool(torch.tensor([count, sum(sizes)], dtype=wide, device=u.device)).tolist())
+    mean = pool(total_product) / samples
+    # In the widest type, so that squares of float32 cannot overflow.
     u = u.to(wide)
     dots = [torch.dot(u, u)]
     for product in products:
@@ -170,8 +177,13 @@ def spread_of_chunks(
     square, *rest = reduce(torch.stack(dots)).tolist()
     if square == 0:
         raise ValueError("u has norm 0 and must point somewhere: pass the top Ritz vector.")
-    total = math.fsum(size * off for size, off in zip(sizes, rest[::2], strict=True)) / square / (count - 1)
-    along = math.fsum(size * off * off for size, off in zip(sizes, rest[1::2], strict=True)) / square**2 / (count - 1)
+    own = [
+        math.fsum(size * off for size, off in zip(sizes, rest[::2], strict=True)) / square,
+        math.fsum(size * off * off for size, off in zip(sizes, rest[1::2], strict=True)) / square**2,
+    ]
+    if pool is not _itself:
+        own = pool(torch.tensor(own, dtype=wide, device=u.device)).tolist()
+    total, along = (each / (chunks - 1) if chunks > 1 else math.nan for each in own)
     # Rounding alone can make it negative.
     outer = total - along
     return HessianSpread(0.0 if outer < 0 else outer, along, samples)
@@ -225,8 +237,8 @@ def critical_lr_in_noise(
 
     with λ that of all data, T what lr · λ must stay below without noise, and 1/G the sum of the momentum filter's
     weights. For SGD without momentum it is 2 / (λ + v/λ), the form of arXiv 2006.09092 with the noise along the top
-    eigenvector: linear in B while v is larger than λ², saturating at 2/λ. Momentum averages the oscillation away but not
-    the noise, which comes anew with each batch: so it helps large batches only.
+    eigenvector: linear in B while v is larger than λ², saturating at 2/λ. Momentum averages the oscillation away but
+    not the noise, which comes anew with each batch: so it helps large batches only.
 
     Args:
         lambda_: λ, measured on N samples; that of all data is extrapolated with `directional`.

@@ -26,6 +26,22 @@ class RankFailure:
         self.error: Exception | None = None
 
 
+def sum_of_ranks(tensor: Tensor) -> Tensor:
+    """The sum of each process's tensor, in place, which all must call together.
+
+    Args:
+        tensor: Of one shape on all processes.
+
+    Example:
+        >>> sum_of_ranks(torch.ones(2))
+        Traceback (most recent call last):
+        ...
+        ValueError: Default process group has not been initialized, please make sure to call init_process_group.
+    """
+    dist.all_reduce(tensor)
+    return tensor
+
+
 def mean_over_ranks(operator: Operator, samples: float, failure: RankFailure) -> Operator:
     """The Hessian of the global batch from each rank's own, with one all-reduce a product.
 

@@ -179,6 +179,10 @@ def nan_in_one(module: Net, batch_idx: int, loss: Tensor) -> Tensor:
     return loss * math.nan if module.global_step == 2 and module.global_rank == 1 and batch_idx == 0 else loss
 
 
+def none_in_one(module: Net, batch_idx: int, loss: Tensor) -> Tensor | None:
+    return None if module.global_step == 2 and module.global_rank == 1 and batch_idx == 0 else loss
+
+
 def ddp_scenarios() -> dict[str, Scenario]:
     return {
         "bare": lambda: fit([]),
@@ -188,6 +192,7 @@ def ddp_scenarios() -> dict[str, Scenario]:
         "uneven": lambda: watched(module=UnevenNet(), probe_batch="current", max_samples=None),
         "cut": lambda: watched(max_samples=2, fit_with=SOME_STEPS),
         "differences": lambda: watched(method="differences", fit_with=SOME_STEPS),
+        "none_in_one": lambda: watched(module=Net(none_in_one)),  # type: ignore[arg-type]
         "nan_in_one": lambda: watched(module=Net(nan_in_one)),
         "raises_when_replayed": lambda: watched(module=Net(raises_when_replayed)),
     }

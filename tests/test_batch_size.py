@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dynwatch.batch_size import (
     HessianSpread,
@@ -281,3 +284,33 @@ def test_critical_rate_in_noise_is_that_of_the_second_moments(momentum: float, a
         return float(np.abs(np.linalg.eigvals(step)).max())
 
     assert growth(0.98 * rate) < 1 < growth(1.02 * rate)
+
+
+def test_processes_pool_their_chunks() -> None:
+    """Two that hold five and two chunks of one batch both have the spread of the seven."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(6, generator=generator, dtype=torch.float64)
+    products = [torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(7)]
+    sizes = [4, 4, 3, 1, 2, 5, 4]
+    meeting, given = threading.Barrier(2), {}
+
+    def pool(number: int) -> Callable[[Tensor], Tensor]:
+        def add(tensor: Tensor) -> Tensor:
+            given[number] = tensor.clone()
+            meeting.wait(10)
+            total = given[0] + given[1]
+            meeting.wait(10)
+            return total
+
+        return add
+
+    def on(number: int) -> HessianSpread:
+        mine = slice(None, 5) if number == 0 else slice(5, None)
+        return spread_of_chunks(products[mine], u, sizes[mine], pool=pool(number))
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(on, range(2))
+    expected = spread_of_chunks(products, u, sizes)
+    assert first == second
+    assert first.samples == expected.samples == 23
+    assert (first.outer, first.along) == pytest.approx((expected.outer, expected.along), rel=1e-12)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import pytest
 
-from dynwatch.rules import Divergence, GradientExplosion, Outcome, Rule, Sharpness, replay_readings
+from dynwatch.rules import Divergence, GradientExplosion, NonFinite, Outcome, Rule, Sharpness, replay_readings
 from dynwatch.rules.critical_lr import EDGE, CriticalRate
 from dynwatch.rules.sharpness import LossesSince
 
@@ -202,6 +202,30 @@ def test_the_advice_uses_what_is_known(known: dict[str, float], advice: str) -> 
     assert explained(**known)[1].startswith(advice)
 
 
+def test_the_advice_quotes_what_the_run_would_have_borne() -> None:
+    """A ramped rate that passes 1.1 and blows up: the rate of then, not that of the sharp place it came to."""
+    rule, verdict = Sharpness(), None
+    readings = {100: (1.72, 1.1), 120: (1.8, 0.9), 140: (2.1, 0.44)}
+    for step in range(100, 141):
+        lr, critical = readings.get(step, (1.7, None))
+        sharp = {RATIO: lr / critical, CRITICAL: critical} if critical else {}
+        verdict = rule.update(step, {LOSS: 0.2 + 0.05 * (step - 100), LR: lr, **sharp}, {})
+    assert verdict is not None and verdict.step == 140
+    assert verdict.advice.startswith(
+        "The learning rate 2.1 was 1.9 times the critical rate 1.1 (hessian/critical_lr at step 100): set it below 1.1."
+    )
+
+
+@pytest.mark.parametrize(("patience", "quoted"), [(2, 0.3), (3, 0.5), (4, 0.7)])
+def test_as_many_critical_rates_are_kept_as_its_patience(patience: int, quoted: float) -> None:
+    """Those before the readings that made it fire are not quoted."""
+    rule, critical = Sharpness(patience), iter([0.9, 0.7, 0.5, 0.3, 0.1])
+    for step in range(81):
+        sharp = {RATIO: 4.0, CRITICAL: next(critical)} if step % 20 == 0 else {}
+        verdict = rule.update(step, {LOSS: 0.2 + 0.02 * step, LR: 2.0, **sharp}, {})
+    assert verdict is not None and f"set it below {quoted:g}. " in verdict.advice
+
+
 # --- LossesSince
 
 
@@ -305,6 +329,42 @@ def test_what_was_measured_in_a_blow_up_replaces_nothing_near() -> None:
     assert fresh.near(3) == 9.0
 
 
+@pytest.mark.parametrize(
+    ("rates", "lr", "words"),
+    [
+        ([1.1, 0.9, 0.1], 2.0, "was 1.8 times the critical rate 1.1 (hessian/critical_lr at step 0): set it below 1.1"),
+        ([1.1, 0.9, 0.1], 1.0, "was 1.1 times the critical rate 0.9 (hessian/critical_lr at step 10): set it below"),
+        ([1.1, 0.9, 0.1], 0.5, "was 5 times the critical rate 0.1 (hessian/critical_lr at step 20): set it below 0.1"),
+        ([0.2, 0.2, 0.2], 0.5, "critical rate 0.2 (hessian/critical_lr at step 20): set it below 0.2. "),
+        ([9.0, 0.1, 0.1, 0.1], 20.0, "critical rate 0.1 (hessian/critical_lr at step 30): set it below 0.1. "),
+        ([0.1, 0.1, 1.1], 0.5, "Curvature is not the cause as measured: the learning rate 0.5 was below the critical"),
+        ([0.1, 1.1, 0.45], 0.5, "critical rate 0.45 (hessian/critical_lr at step 20), as in many healthy runs"),
+    ],
+)
+def test_the_newest_blames_and_the_largest_exceeded_is_advised(rates: list[float], lr: float, words: str) -> None:
+    """What the learning rate stayed below bounds nothing, and only the last three readings count."""
+    critical = CriticalRate()
+    for i, rate in enumerate(rates):
+        critical.take(10 * i, {CRITICAL: rate, LR: lr})
+    assert words in critical.words(40)
+
+
+def test_readings_of_another_time_are_not_advised() -> None:
+    """One that lies further back than the distance of the readings explains is of another phase of the run."""
+    critical = CriticalRate()
+    for step, rate in [(0, 5.0), (5000, 0.2), (5010, 0.1)]:
+        critical.take(step, {CRITICAL: rate, LR: 10.0})
+    assert "set it below 0.2. " in critical.words(5020)
+
+
+def test_the_largest_of_the_last_is_told_without_a_learning_rate() -> None:
+    """Whoever knows the rate can compare it."""
+    critical = CriticalRate()
+    for step, rate in enumerate([0.5, 0.7, 0.1]):
+        critical.take(step, {CRITICAL: rate})
+    assert critical.words(3).startswith("The critical learning rate was 0.7 (hessian/critical_lr at step 1): keep")
+
+
 def test_the_critical_rate_is_restored() -> None:
     """Through JSON at every step, with the same words ever after."""
     stream = [{LR: 0.1 * step, **({CRITICAL: 0.3 + step} if step % 3 == 1 else {})} for step in range(12)]
@@ -382,6 +442,54 @@ def test_the_critical_rate_survives_a_resume(kind: type[Rule]) -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     verdicts = [second.update(100 + i, {LOSS: 900.0, GRADIENT: 9e5}, {}) for i in range(30)]
     assert verdicts[-1] is not None and "5 times the critical rate 0.1 " in verdicts[-1].advice
+
+
+@both
+def test_a_reading_inside_the_blow_up_is_not_advised(kind: type[Rule]) -> None:
+    """One that comes while the loss and the gradient rise, but lie within their usual bounds still."""
+    rule, verdict = kind(), None
+    for step in range(120):
+        curvature = {60: 0.2, 80: 0.18, 99: 0.001}.get(step)
+        risen = {LOSS: 900.0, GRADIENT: 9e5} if step > 99 else {LOSS: 2.0, GRADIENT: 2.0}
+        sharp = {CRITICAL: curvature} if curvature else {}
+        verdict = rule.update(step, {LR: 0.5, **risen, **sharp}, {}) or verdict
+    assert verdict is not None and "set it below 0.2. " in verdict.advice
+
+
+@pytest.mark.parametrize("bad", [{LOSS: math.nan}, {LOSS: math.inf}, {GRADIENT: math.nan}, {LOSS: -math.inf}])
+def test_a_loss_or_gradient_that_is_not_finite_quotes_the_critical_rate(bad: dict[str, float]) -> None:
+    """With the words of the other rules, also after a resume; without a reading the advice is as it was."""
+    advice = {}
+    for critical in (0.1, None):
+        first, second = NonFinite(), NonFinite()
+        for step in range(20):
+            sharp = {CRITICAL: critical} if critical and step == 9 else {}
+            assert first.update(step, {LOSS: 1.0, GRADIENT: 1.0, LR: 0.5, **sharp}, {}) is None
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        verdicts = [rule.update(20, {LOSS: 1.0, GRADIENT: 1.0, LR: 0.5} | bad, {}) for rule in (first, second)]
+        assert verdicts[0] is not None and verdicts[0] == verdicts[1]
+        advice[critical] = verdicts[0].advice
+    words = (
+        "The learning rate 0.5 was 5 times the critical rate 0.1 (hessian/critical_lr at step 9): set it below 0.1. "
+    )
+    assert advice[0.1].count(words) == 1 and advice[0.1].replace(words, "") == advice[None]
+
+
+def test_non_finite_weights_quote_no_rate() -> None:
+    """They are told once, at the end, wherever they come from."""
+    rule = NonFinite()
+    rule.update(0, {CRITICAL: 0.1, LR: 0.5}, {})
+    verdict = rule.update(1, {"stop/weight_norm": math.nan}, {})
+    assert verdict is not None and "critical" not in verdict.advice
+
+
+def test_curvature_alone_is_nothing_that_non_finite_judges() -> None:
+    """A log with rates only passes for one with nothing to read, and one with gradients alone for one with some."""
+    (blind,) = replay_readings({CRITICAL: [(0, 0.1)], LR: [(0, 0.1)]}, [NonFinite()])
+    assert blind.nothing_to_read and CRITICAL in blind.reads and CRITICAL not in blind.missing
+    (sees,) = replay_readings({GRADIENT: [(0, 1.0)]}, [NonFinite()])
+    assert not sees.nothing_to_read
+    assert not {CRITICAL, LR} & {*sees.missing, *NonFinite().judges}
 
 
 @both

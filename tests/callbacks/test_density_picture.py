@@ -96,6 +96,19 @@ def test_the_unit_does_not_matter(scale: float) -> None:
     assert np.abs(inside(plain) - inside(scaled)).mean() < 1
 
 
+def test_labels_have_only_signs_that_the_font_has() -> None:
+    """What Pillow's own font lacks is a box, as U+2212 is; the labels of negative numbers begin with a hyphen."""
+    font = module._font(13)
+
+    def drawn(sign: str) -> bytes:
+        return bytes(font.getmask(sign))
+
+    labels = [module._figure(value) for value in (-2e15, -300.0, -0.25, -1e-10, 0.0, 7e-9, 1e5)]
+    assert labels == ["-2e15", "-300", "-0.25", "-1e-10", "0", "7e-9", "1e5"]
+    box = drawn("\uffff")
+    assert all(drawn(sign) != box for sign in "".join(labels)) and drawn("\N{MINUS SIGN}") == box
+
+
 @pytest.mark.parametrize(
     ("first", "last", "marks"),
     [(0, 0, [0]), (7, 7, [7]), (0, 3, [0, 1, 2, 3]), (3, 97, [20, 40, 60, 80]), (99, 999, [200, 400, 600, 800])],

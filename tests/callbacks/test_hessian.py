@@ -414,8 +414,12 @@ def test_critical_rates_by_batch_size(given: Any, tags: list[int], tmp_path: Pat
     for smaller, larger in pairwise(sizes):
         pair = zip(values(found, f"{AT_BATCH_SIZE}{smaller}"), values(found, f"{AT_BATCH_SIZE}{larger}"), strict=True)
         assert all(a <= b for a, b in pair)
-    if 8 in sizes:  # the probe batch's own: no correction
-        assert values(found, f"{AT_BATCH_SIZE}8") == pytest.approx(values(found, CRITICAL))
+    # What noise there is only lowers the rate, and λ of all data is at least half of the probe's.
+    assert all(
+        rate <= 2 * critical
+        for size in sizes
+        for rate, critical in zip(values(found, f"{AT_BATCH_SIZE}{size}"), values(found, CRITICAL), strict=True)
+    )
 
 
 def test_one_sample_has_no_rates_by_batch_size(tmp_path: Path) -> None:
@@ -596,13 +600,13 @@ def test_out_of_memory_is_answered_with_fewer_samples(tmp_path: Path, caplog: py
 
 class SmallParts(Model):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if len(batch[0]) < 2:
+        if len(batch[0]) < 3:
             raise ValueError("Expected more than 1 value per channel when training")
         return super().training_step(batch, batch_idx)
 
 
 def test_a_step_that_cannot_run_on_parts_of_a_batch(tmp_path: Path) -> None:
-    """As with BatchNorm on one sample: there are no rates by batch size, for this reason, and all else is measured."""
+    """As a net that needs more samples than a chunk has: only rates by batch size are missing, for this reason."""
     reasons = Reasons()
     monitor = HessianMonitor(every_n_steps=1, full_every_n_readings=1)
     found = fit(SmallParts(mlp()), tmp_path, monitor, reasons)
@@ -957,3 +961,21 @@ def test_nothing_is_done_where_nothing_is_due(tmp_path: Path, monkeypatch: pytes
     found = fit(Model(mlp()), tmp_path, monitor, loader=batches(12))
     assert steps(found, LARGEST) == [4, 9]
     assert counts == {"Replay": 2, "_wait_for": 4, "cloned": 2}
+
+
+class Holds(pl.Callback):
+    """A callback of the user's that holds the monitor, and so leads a replay to it."""
+
+    def __init__(self, monitor: HessianMonitor) -> None:
+        self.monitor = monitor
+
+
+class Own(HessianMonitor):
+    """A monitor of the user's."""
+
+
+def test_what_a_monitor_learns_stays(tmp_path: Path) -> None:
+    """A replay puts back what the step changes in callbacks, but not the monitor that runs it."""
+    monitor = Own(every_n_steps=1)
+    fit(Model(mlp()), tmp_path, monitor, Holds(monitor))
+    assert monitor.way is not None and monitor._readings == 4

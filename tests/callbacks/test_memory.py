@@ -20,7 +20,7 @@ def test_memory_of_the_machine(tmp_path: Path) -> None:
     assert _available(meminfo) == 25 * 1024
     meminfo.write_text("MemTotal:  100 kB\n")
     assert _available(meminfo) == _available(tmp_path / "none") == math.inf
-    assert 0 < free_memory(torch.device("cpu"))
+    assert free_memory(torch.device("cpu")) > 0
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:
