@@ -59,7 +59,7 @@ class Snapshot:
         self._classes: set[type] = set()
         seen: dict[int, object] = {}  # keeps what it has seen alive, so that no id is used twice
         # The last is looked at first: what the first root leads to is found by way of it.
-        waiting: list[tuple[Any, Any]] = [(root, (None, "{}", name)) for name, root in reversed(roots.items())]
+        waiting: list[tuple[Any, Any]] = [(root, (None, "{}", name)) for name, root in reversed(list(roots.items()))]
         while waiting:  # no recursion: linked structures can be deep
             item, path = waiting.pop()
             if id(item) in seen:
