@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dynwatch.callbacks.replay import Replay, local_part
+from dynwatch.callbacks.replay import Replay, local_part, nodes_behind
 from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.constants import widest_float
 from dynwatch.operators import Operator, flatten, hessian, hessian_by_differences, unflatten, vector_dtype
@@ -142,18 +142,8 @@ def _why_unfaithful(replay: Replay, custom: Sequence[str], gradient: Tensor | No
 
 def custom_functions(loss: Tensor) -> tuple[str, ...]:
     """Names of the subclasses of torch.autograd.Function behind a loss."""
-    names: set[str] = set()
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.add(type(node).__name__.partition("Backward")[0])
-        waiting.extend(following for following, _ in node.next_functions)
-    return tuple(sorted(names))
+    own = (node for node in nodes_behind(loss) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return tuple(sorted({type(node).__name__.partition("Backward")[0] for node in own}))
 
 
 def curvature(replay: Replay, way: Way, ranks: int, failure: RankFailure) -> Curvature:

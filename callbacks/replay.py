@@ -317,21 +317,26 @@ def _brief(error: Exception) -> str:
     return line if len(line) <= _MOST_QUOTED else f"{line[:_MOST_QUOTED].rstrip()}…"
 
 
-def behind(loss: Tensor) -> tuple[frozenset[str], set[Tensor]]:
-    """Names of the operations in the graph of a loss, without "Backward", and the leaves that it ends in."""
-    names: set[str] = set()
-    leaves: set[Tensor] = set()
+def nodes_behind(loss: Tensor) -> Iterator[Any]:
+    """The backward nodes in the graph of a loss, each once."""
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
+
+
+def behind(loss: Tensor) -> tuple[frozenset[str], set[Tensor]]:
+    """Names of the operations in the graph of a loss, without "Backward", and the leaves that it ends in."""
+    names: set[str] = set()
+    leaves: set[Tensor] = set()
+    for node in nodes_behind(loss):
         names.add(node.name().partition("Backward")[0])
         if hasattr(node, "variable"):
             leaves.add(node.variable)
-        waiting.extend(following for following, _ in node.next_functions)
     return frozenset(names), leaves
 
 

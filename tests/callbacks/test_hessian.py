@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import pytorch_lightning as pl
 import torch
+from nets import LowRank, Recurrent, mlp
 from pytorch_lightning.plugins.precision import MixedPrecision
 from replays import Model
 from runs import Classifier, data, scalars, trainer
@@ -43,16 +44,6 @@ EXACT: dict[str, Any] = {"tol": 1e-8, "max_hvps": 400, "max_samples": None}
 # --- networks on 5 features and 3 classes
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(5, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(torch.stack([x, x.flip(0), -x], 1))[0][:, -1])
-
-
 class Attention(nn.Module):
     """A transformer layer with fused attention, on sequences of three."""
 
@@ -77,23 +68,6 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x).tanh())[:, :3]
-
-
-class LowRank(nn.Module):
-    """A frozen net with a trained low-rank addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(5, 2))
-        self.up = nn.Parameter(torch.randn(2, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base[2]((self.base[0](x) + x @ self.down @ self.up).tanh())
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def cnn() -> nn.Module:

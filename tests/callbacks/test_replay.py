@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import LowRank, Recurrent, mlp
 from pytorch_lightning.plugins.precision import MixedPrecision
 from replays import Model, run
 from torch import Tensor, nn
@@ -21,18 +22,6 @@ from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.operators import flatten, hessian, unflatten
 
 # --- what a replay computes
-
-
-class TwoLayers(nn.Module):
-    """A recurrent net, read out at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(5, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(torch.stack([x, x.flip(0), -x], 1))[0][:, -1])
 
 
 class Attention(nn.Module):
@@ -62,17 +51,6 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh()).tanh() @ self.extra[0] + self.extra[1]
 
 
-class LowRank(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(5, 2))
-        self.up = nn.Parameter(torch.randn(2, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base[2]((self.base[0](x) + x @ self.down @ self.up).tanh())
-
-
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool = False) -> None:
         super().__init__()
@@ -84,10 +62,6 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = checkpoint(self.body, x, use_reentrant=self.reentrant)
         return checkpoint(self.attention, x, use_reentrant=self.reentrant)
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def _cnn() -> nn.Module:
@@ -110,10 +84,10 @@ def _half_compiled() -> nn.Module:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": _mlp,
+    "mlp": mlp,
     "cnn": _cnn,
     "attention": Attention,
-    "lstm": TwoLayers,
+    "lstm": Recurrent,
     "tied": Tied,
     "low_rank": LowRank,
     "weight_norm": _weight_normed,
@@ -212,12 +186,12 @@ def test_without_a_gradient_scaler(tmp_path: Path) -> None:
         assert max(float(gradient.norm()) for gradient in replay.gradient().values()) < 100
         assert scaler.get_scale() == 1024
 
-    run(Model(_mlp()), tmp_path, see, plugins=[plugin])
+    run(Model(mlp()), tmp_path, see, plugins=[plugin])
 
 
 def _cached(kind: str) -> Model:
     """A net whose weights are read from where only the module's author knows to look as well."""
-    net = _mlp()
+    net = mlp()
     model = Model(net, lambda model, x, y: cross_entropy(model.net(x), y) + _penalty(model))
     weights = [p for p in net.parameters() if p.dim() > 1]
     model.kept = {
@@ -276,7 +250,7 @@ def test_reentrant_checkpoints_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["module", "in_place", "function"])
 def test_compiled_modules_run_eagerly(how: str, tmp_path: Path) -> None:
     """However a model is compiled, it has a Hessian, and stays compiled."""
-    model: Any = Model(_mlp())
+    model: Any = Model(mlp())
     if how == "module":
         model = torch.compile(model, backend="aot_eager")
     elif how == "in_place":
@@ -303,7 +277,7 @@ def test_parts_of_a_batch_and_seeds(tmp_path: Path) -> None:
         assert sum(parts) / 3 == pytest.approx(replay.loss(leaves).item())
         assert len({replay.loss(leaves, seed=seed).item() for seed in (1, 2, 1, 2)}) == 1
 
-    run(Model(_mlp()), tmp_path, see, replay_settings={"max_samples": 6})
+    run(Model(mlp()), tmp_path, see, replay_settings={"max_samples": 6})
 
     def draws(replay: Replay, module: Any) -> None:
         assert len({replay.loss(None, seed=seed).item() for seed in (1, 2, 1, 2)}) == 2
@@ -325,7 +299,7 @@ def test_graphs_of_several_parts_live_side_by_side(tmp_path: Path) -> None:
         together = [torch.autograd.grad(loss, tensors)[0] for loss in losses]
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
-    run(Model(_mlp(), scaled), tmp_path, see)
+    run(Model(mlp(), scaled), tmp_path, see)
 
 
 class Graph:
@@ -352,7 +326,7 @@ def test_a_batch_that_cannot_be_cut_is_used_whole(tmp_path: Path) -> None:
 
     batch = Graph()
     before: Any = types.ModuleType("before")  # what else the callback reaches is put back with all the rest
-    run(Model(_mlp(), spoil), tmp_path, see, batch=batch, replay_settings={"max_samples": 2})
+    run(Model(mlp(), spoil), tmp_path, see, batch=batch, replay_settings={"max_samples": 2})
     assert torch.equal(batch.x, before.x)
 
 
@@ -378,7 +352,7 @@ def test_what_is_no_loss_is_told(kind: str, tmp_path: Path) -> None:
             inner.loss(None)
         module.own_loss = None
 
-    run(Model(_mlp()), tmp_path, see)
+    run(Model(mlp()), tmp_path, see)
 
 
 def test_losses_in_a_dictionary_or_of_one_entry(tmp_path: Path) -> None:
@@ -388,7 +362,7 @@ def test_losses_in_a_dictionary_or_of_one_entry(tmp_path: Path) -> None:
         def own(model: Any, x: Tensor, y: Tensor, form: Any = form) -> Any:
             return form(cross_entropy(model.net(x), y))
 
-        run(Model(_mlp(), own), tmp_path, lambda replay, module: replay.loss(None).backward())
+        run(Model(mlp(), own), tmp_path, lambda replay, module: replay.loss(None).backward())
 
 
 def test_a_loss_function_replaces_the_step(tmp_path: Path) -> None:
@@ -396,7 +370,7 @@ def test_a_loss_function_replaces_the_step(tmp_path: Path) -> None:
 
     class Manual(Model):
         def __init__(self) -> None:
-            super().__init__(_mlp())
+            super().__init__(mlp())
             self.automatic_optimization = False
             self.steps = 0
 
@@ -416,12 +390,12 @@ def test_a_loss_function_replaces_the_step(tmp_path: Path) -> None:
         run(Manual(), tmp_path, see)
     with pytest.raises(CannotReplayError, match="the function loss= returned float"):
         settings = {"loss": lambda module, batch: 1.0}
-        run(Model(_mlp()), tmp_path, lambda replay, module: replay.loss(None), replay_settings=settings)
+        run(Model(mlp()), tmp_path, lambda replay, module: replay.loss(None), replay_settings=settings)
 
 
 def test_nothing_to_measure(tmp_path: Path) -> None:
     """A module of which every parameter is frozen."""
-    model = Model(_mlp())
+    model = Model(mlp())
 
     def see(replay: Replay, module: Any) -> None:
         module.requires_grad_(False)
@@ -434,7 +408,7 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
 
 def test_an_iterator_is_refused_before_anything_runs(tmp_path: Path) -> None:
     """The message names the attribute; the run can go on."""
-    model = Model(_mlp())
+    model = Model(mlp())
     model.stream = iter(range(100))
     with pytest.raises(CannotReplayError, match=r"^Model\.stream is an iterator \(range_iterator\)"):
         run(model, tmp_path, lambda replay, module: None)
