@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynwatch.batch_size import HessianSpread, critical_lr_in_noise, spread_of_chunks
-from dynwatch.callbacks.curvature import Curvature, Way, exact, is_out_of_memory, least_over_ranks, sums_over_ranks
+from dynwatch.callbacks.curvature import Curvature, Way, all_could, exact, is_out_of_memory, least_over_ranks
 from dynwatch.callbacks.memory import free_memory
 from dynwatch.callbacks.replay import Replay
 from dynwatch.krylov import Storage
@@ -244,7 +244,7 @@ class Reader:
                 if ranks == 1:
                     raise
                 failure.error, reason = error, f"{type(error).__name__}: {error}"
-        if ranks > 1 and sums_over_ranks([float(found is None)], device)[0]:
+        if not all_could(found is not None, ranks, device):
             reason, found = reason or "another rank cannot tell how its optimizer steps", None
         if found is None:
             reading.absent[SHARPNESS_RATIO] = reading.absent[CRITICAL_LR] = reason.rstrip(".")
@@ -282,7 +282,7 @@ class Reader:
             failed, why = True, f"{type(error).__name__}: {error}".splitlines()[0]
         if ranks > 1:
             spread = spread_of_chunks(products, top, sizes, pool=sum_of_ranks)
-            failed = sums_over_ranks([failed], top.device)[0] > 0
+            failed = not all_could(not failed, ranks, top.device)
         elif len(products) > 1:
             spread = spread_of_chunks(products, top, sizes)
         else:
@@ -326,8 +326,3 @@ def _leave_out_nothings(reading: Reading) -> None:
         if kind in _NOTHINGS and not math.isfinite(value):
             del reading.values[tag]
             reading.absent[kind] = _NOTHINGS[kind]
-
-
-def is_finite(reading: Reading) -> bool:
-    """Whether the reading's main value is a number."""
-    return math.isfinite(reading.values[LAMBDA_MAX])

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynwatch.constants import widest_float
 from dynwatch.operators import Operator
 
 # How basis vectors are kept: as they are, rounded (with arithmetic in the vectors' own type), or on the host.
@@ -163,7 +162,7 @@ class Krylov:
     def vector(self, index: int) -> Tensor:
         """The Ritz vector of one Ritz value, of norm 1: [size]."""
         vector = self.basis.combine(torch.from_numpy(self.rotation[:, index].copy()))
-        return vector / norm_of(self.basis.operator, vector)
+        return vector / self.basis.operator.norm(vector)
 
     def ritz_error(self, end: Literal[0, -1]) -> float:
         r"""How far the lowest (0) or highest (-1) Ritz value is from an eigenvalue: :math:`\min(r, r^2 / \text{gap})`.
@@ -212,30 +211,3 @@ class Krylov:
                 total += now**2
                 reached |= total * overlap >= 1
         return scale * float(_OFFSETS[np.argmax(reached)]) if reached.any() else math.inf
-
-
-def square_of(operator: Operator, vector: Tensor) -> Tensor:
-    """The squared norm over all processes, [1], in the widest type so that squares of float32 cannot overflow.
-
-    Args:
-        operator: Whose vector it is.
-        vector: [size].
-
-    Example:
-        >>> from dynwatch.operators import from_matrix
-        >>> square_of(from_matrix(torch.eye(2)), torch.tensor([3.0, 4.0]))
-        tensor([25.], dtype=torch.float64)
-    """
-    wide = widest_float(operator.device)
-    return operator.reduce(torch.linalg.vector_norm(vector, dtype=wide).square().reshape(1).to(operator.device))
-
-
-def norm_of(operator: Operator, vector: Tensor) -> float:
-    """The norm over all processes.
-
-    Example:
-        >>> from dynwatch.operators import from_matrix
-        >>> norm_of(from_matrix(torch.eye(2)), torch.tensor([3.0, 4.0]))
-        5.0
-    """
-    return math.sqrt(float(square_of(operator, vector)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynwatch.constants import widest_float
-from dynwatch.krylov import Basis, Krylov, Reason, Storage, norm_of, square_of
+from dynwatch.krylov import Basis, Krylov, Reason, Storage
 from dynwatch.operators import Operator
 from dynwatch.rules.base import check_count, check_number
 
@@ -238,7 +238,7 @@ def lanczos(
         second = basis.dots(rest)
         basis.subtract(rest, second)
         # All that decides goes to the host in one transfer.
-        numbers = [n.to(basis.device, widest_float(basis.device)) for n in (first, second, square_of(operator, rest))]
+        numbers = [n.to(basis.device, widest_float(basis.device)) for n in (first, second, operator.square(rest))]
         *dots, square = torch.cat(numbers).tolist()
         if not math.isfinite(math.fsum(dots) + square):
             return krylov(step, "non_finite")
@@ -261,19 +261,19 @@ def lanczos(
             return krylov(step, reason)
         if step < steps:
             vector = basis.project_out(operator.random(generator)) if broken else rest.to(operator.device)
-            vector = vector / (norm_of(operator, vector) if broken else beta[-1])
+            vector = vector / (operator.norm(vector) if broken else beta[-1])
     return krylov(steps, "max_hvps")
 
 
 def _start(operator: Operator, start: Tensor | None, mix: float, generator: torch.Generator) -> tuple[Tensor, float]:
     """A unit vector to start from, and the random part of its square."""
     drawn = operator.random(generator)
-    drawn = drawn / norm_of(operator, drawn)
+    drawn = drawn / operator.norm(drawn)
     if start is None:
         return drawn, 1.0
     start = start.detach().to(operator.device, operator.dtype)
-    length = norm_of(operator, start)
+    length = operator.norm(start)
     if length == 0 or not math.isfinite(length):
         return drawn, 1.0
     mixed = start / length + mix * drawn
-    return mixed / norm_of(operator, mixed), mix**2 / (1 + mix**2)
+    return mixed / operator.norm(mixed), mix**2 / (1 + mix**2)

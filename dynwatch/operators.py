@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dynwatch.constants import widest_float
+
 
 def _itself(dots: Tensor) -> Tensor:
     return dots
@@ -67,9 +69,14 @@ class Operator:
         drawn = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return drawn.to(self.device)
 
+    def square(self, vector: Tensor) -> Tensor:
+        """The squared norm over all processes, [1], in the widest type so that squares of float32 cannot overflow."""
+        wide = widest_float(self.device)
+        return self.reduce(torch.linalg.vector_norm(vector, dtype=wide).square().reshape(1).to(self.device))
+
     def norm(self, vector: Tensor) -> float:
         """The 2-norm of a vector over all processes."""
-        return math.sqrt(max(float(self.reduce(torch.dot(vector, vector).reshape(1))), 0.0))
+        return math.sqrt(float(self.square(vector)))
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
