@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from dynwatch.gradients import group_norms, tensor_norms, update_and_weight_norm
 class AfterStep:
     """Runs actions once, right after the next real update of an optimizer.
 
-    An update that a gradient scaler skips runs nothing; `release` drops what is still waiting.
+    An update that a gradient scaler skips runs nothing. `release` removes the hooks and drops what is still waiting; an
+    action may call it, too.
     """
+
+    _running: ClassVar[int] = 0
+    _spent: ClassVar[list[RemovableHandle]] = []
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Callable[[], object]]] = {}
@@ -28,20 +32,29 @@ class AfterStep:
     def add(self, optimizer: Optimizer, action: Callable[[], object]) -> None:
         owner = id(optimizer)
         if owner not in self._handles:
-            self._waiting[owner] = []
             self._handles[owner] = optimizer.register_step_post_hook(self._run)
-        self._waiting[owner].append(action)
+        self._waiting.setdefault(owner, []).append(action)
 
     def _run(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._handles.pop(id(optimizer)).remove()
-        for action in self._waiting.pop(id(optimizer)):
-            action()
+        AfterStep._running += 1
+        try:
+            for action in self._waiting.pop(id(optimizer), ()):
+                action()
+        finally:
+            AfterStep._running -= 1
 
     def release(self) -> None:
-        for handle in self._handles.values():
-            handle.remove()
+        self._spent.extend(self._handles.values())
         self._handles.clear()
         self._waiting.clear()
+        self.sweep()
+
+    @classmethod
+    def sweep(cls) -> None:
+        """Remove the hooks that were released, unless torch is going through the hooks now."""
+        if not cls._running:
+            while cls._spent:
+                cls._spent.pop().remove()
 
 
 class UpdateRatio:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynwatch.callbacks.after_step import AfterStep
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import StepGradients
 from dynwatch.callbacks.panels import Chart
@@ -219,6 +220,7 @@ class Monitor(Callback):
         self.guarded(trainer, self.end_step, trainer, pl_module, outputs, batch)
         stream = Stream.of(trainer)
         if stream.is_last(self):
+            AfterStep.sweep()
             StepGradients.forget(trainer)
             if stream.flush_due(trainer) and not trainer.fit_loop._should_accumulate():
                 self._flush(trainer, pl_module)

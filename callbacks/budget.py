@@ -51,7 +51,7 @@ class Budget:
         """Whether the next reading is affordable at this step; the same answer on all ranks."""
         return self._due is not None and step >= self._due
 
-    def clocks(self, step: int, elapsed: float, own: float, kind: str, gradients: float) -> Tensor:
+    def clocks(self, step: int, elapsed: float, own: float, kind: str, guesses: Mapping[str, float]) -> Tensor:
         """What `plan` needs from each rank, [5], in the order of `TAGS`.
 
         Args:
@@ -59,12 +59,15 @@ class Budget:
             elapsed: Seconds since training started.
             own: Of these, seconds in dynwatch.
             kind: Which kind of reading comes next.
-            gradients: A guess of its cost in training steps, for the first time.
+            guesses: For the first time: the cost of each kind in training steps. Where another kind has been measured,
+                only their ratio is used.
         """
         steps = step + 1 - self._first_step
         others = max(own - self._spent, 0.0)
         a_step = max(elapsed - own, 0.0) / max(steps, 1)
-        cost = self.costs.get(kind, gradients * a_step)
+        cost = self.costs.get(kind, guesses[kind] * a_step)
+        if kind not in self.costs and self.costs:
+            cost = max(seconds * guesses[kind] / guesses[other] for other, seconds in self.costs.items())
         return torch.tensor([elapsed, others, self._spent, steps, cost], dtype=torch.float64)
 
     def plan(self, step: int, clocks: Mapping[str, float]) -> None:

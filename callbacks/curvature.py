@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynwatch.callbacks.replay import Replay, local_part, nodes_behind
+from dynwatch.callbacks.replay import Replay, nodes_behind
 from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.constants import widest_float
 from dynwatch.operators import Operator, flatten, hessian, hessian_by_differences, unflatten, vector_dtype
-from dynwatch.ranks import RankFailure, mean_over_ranks, sharded, shares_of
+from dynwatch.ranks import RankFailure, local_part, mean_over_ranks, sharded, shares_of
 
 Method = Literal["auto", "exact", "differences"]
 
@@ -45,6 +45,23 @@ class Way:
     why: str
     kinks: tuple[str, ...] = ()
     step: float | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reading's curvature comes from.
+
+    Attributes:
+        replay: The training step; entered.
+        way: How products are computed, as chosen on the first time.
+        ranks: How many processes share the batch. With several, all must take the same steps together.
+        failure: Where an error on this rank alone is noted; the others get NaN.
+    """
+
+    replay: Replay
+    way: Way
+    ranks: int
+    failure: RankFailure
 
 
 @dataclass(frozen=True)
@@ -115,13 +132,7 @@ def _check_repeats(first: float, second: float, device: torch.device) -> None:
 
 def by_differences_because(replay: Replay, why: str) -> Way:
     # What autocast rounds needs a larger step: at the usual one products were off by 30 %, at this one by 3 %.
-    return Way("differences", why, kinks(replay.operations), _LARGE_STEP if _rounds(replay) else None)
-
-
-def _rounds(replay: Replay) -> bool:
-    """Whether autocast rounds on the way to the loss, or weights are of half precision."""
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in replay.parameters.values())
-    return half or "ToCopy" in replay.operations
+    return Way("differences", why, kinks(replay.operations), _LARGE_STEP if replay.rounds else None)
 
 
 def _why_unfaithful(replay: Replay, custom: Sequence[str], gradient: Tensor | None, product: Tensor | None) -> str:
@@ -132,7 +143,7 @@ def _why_unfaithful(replay: Replay, custom: Sequence[str], gradient: Tensor | No
     """
     if not custom or gradient is None or product is None:
         return ""
-    rounded = _rounds(replay)
+    rounded = replay.rounds
     expected = by_differences(replay, _LARGE_STEP if rounded else None)(gradient)
     rough = rounded or bool(kinks(replay.operations))
     if not bool((product - expected).norm() > (_ROUGHLY if rough else _CLOSELY) * expected.norm()):
@@ -146,34 +157,29 @@ def custom_functions(loss: Tensor) -> tuple[str, ...]:
     return tuple(sorted({type(node).__name__.partition("Backward")[0] for node in own}))
 
 
-def curvature(replay: Replay, way: Way, ranks: int, failure: RankFailure) -> Curvature:
-    """The Hessian of the replayed loss, of the global batch.
-
-    Args:
-        replay: Entered.
-        way: As chosen on the first time.
-        ranks: How many processes share the batch. With several, all must call this together.
-        failure: Where an error on this rank alone is noted; the others get NaN.
-    """
+def curvature(source: Source) -> Curvature:
+    """The Hessian of the replayed loss, of the global batch; on several ranks all must call this together."""
+    replay, way, ranks = source.replay, source.way, source.ranks
     if replay.sharded:
         operator = by_differences(replay, way.step)
     elif ranks == 1:
         operator = exact(replay) if way.method == "exact" else by_differences(replay, way.step)
     else:
-        operator = mean_over_ranks(_own(replay, way, failure), replay.samples or 1, failure)
+        operator = mean_over_ranks(_own(source), replay.samples or 1, source.failure)
     gradient = operator.gradient
     if gradient is None:
         raise RuntimeError("the operator has no gradient")  # cannot be: all of the above have
     return Curvature(operator, operator(gradient), _all_samples(replay, ranks, operator.device))
 
 
-def _own(replay: Replay, way: Way, failure: RankFailure) -> Operator:
+def _own(source: Source) -> Operator:
     """This rank's Hessian; if that fails, one whose products are never asked for."""
+    replay, way = source.replay, source.way
     try:
-        if failure.error is None:
+        if source.failure.error is None:
             return exact(replay) if way.method == "exact" else by_differences(replay, way.step)
     except Exception as error:
-        failure.error = error
+        source.failure.error = error
     weights = flatten(list(replay.parameters.values()))
     n = len(weights)
     return Operator(torch.zeros_like, n, n, weights.dtype, weights.device, gradient=torch.zeros_like(weights))

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynwatch.batch_size import HessianSpread, critical_lr_in_noise, spread_of_chunks
-from dynwatch.callbacks.curvature import Curvature, Way, all_could, exact, is_out_of_memory, least_over_ranks
+from dynwatch.callbacks.curvature import Curvature, Source, Way, all_could, exact, is_out_of_memory, least_over_ranks
 from dynwatch.callbacks.memory import free_memory
-from dynwatch.callbacks.replay import Replay
 from dynwatch.krylov import Storage
 from dynwatch.lanczos import Ends, Extremes, extreme_eigenvalues
 from dynwatch.learning_rate import batch_sharpness, learned_rates
 from dynwatch.operators import Operator, preconditioned
-from dynwatch.ranks import RankFailure, sum_of_ranks
+from dynwatch.ranks import sum_of_ranks
 from dynwatch.rules import tags
 from dynwatch.spectral_density import SpectralDensity, trace
 from dynwatch.stability import Stability, Unsupported, stability
@@ -90,31 +89,25 @@ class Reader:
 
     def take(
         self,
-        replay: Replay,
+        source: Source,
         seen: Curvature,
-        way: Way,
         optimizers: Sequence[Optimizer],
-        ranks: int,
-        failure: RankFailure,
         full: bool,
         batch_sizes: Sequence[int] = (),
     ) -> Reading:
         """Measure.
 
         Args:
-            replay: Entered.
+            source: The training step that is replayed.
             seen: Its curvature.
-            way: How products are computed.
             optimizers: Of the run.
-            ranks: How many processes take part.
-            failure: Where an error on this rank alone is noted.
             full: Whether to measure the whole spectrum too, from a random start.
             batch_sizes: For which a full reading is to say the critical rate.
         """
         reading = Reading()
         values = reading.values
         self.count += 1
-        most = self._affordable(seen.operator, ranks)
+        most = self._affordable(seen.operator, source.ranks)
         if most < _LEAST_VECTORS:
             reading.absent[LAMBDA_MAX] = f"memory is too short for {_LEAST_VECTORS} vectors of all parameters"
             return reading
@@ -137,10 +130,10 @@ class Reader:
         if gradient is not None:
             values[BATCH_SHARPNESS] = batch_sharpness(gradient, seen.along_gradient, seen.operator.reduce)
         if full:
-            hvps += self._spectrum(reading, seen.operator, extremes, way, generator)
+            hvps += self._spectrum(reading, seen.operator, extremes, source.way, generator)
         sharpness, top = extremes.lambda_max, extremes.top
         del extremes  # and its basis, before the next one
-        steps = self._stability(reading, replay, optimizers, ranks, failure, seen.operator.device)
+        steps = self._stability(reading, source, optimizers, seen.operator.device)
         if steps is not None:
             if steps.scale is not None or isinstance(steps.weight_decay, Tensor):
                 scale = torch.ones_like(seen.along_gradient) if steps.scale is None else steps.scale
@@ -156,9 +149,7 @@ class Reader:
             values[CRITICAL_LR] = steps.critical_lr(sharpness)
             values[SHARPNESS_RATIO] = steps.ratio(sharpness)
             if full and batch_sizes:
-                hvps += self._at_batch_sizes(
-                    reading, replay, seen, way, steps, sharpness, top, ranks, failure, batch_sizes
-                )
+                hvps += self._at_batch_sizes(reading, source, seen, steps, sharpness, top, batch_sizes)
         values[HVPS] = hvps
         _leave_out_nothings(reading)
         return reading
@@ -225,10 +216,8 @@ class Reader:
     def _stability(
         self,
         reading: Reading,
-        replay: Replay,
+        source: Source,
         optimizers: Sequence[Optimizer],
-        ranks: int,
-        failure: RankFailure,
         device: torch.device,
     ) -> Stability | None:
         reason, found = "", None
@@ -237,14 +226,14 @@ class Reader:
         else:
             try:
                 optimizer = getattr(optimizers[0], "optimizer", optimizers[0])
-                found = stability(optimizer, list(replay.parameters.values()))
+                found = stability(optimizer, list(source.replay.parameters.values()))
             except Unsupported as error:
                 reason = str(error)
             except Exception as error:
-                if ranks == 1:
+                if source.ranks == 1:
                     raise
-                failure.error, reason = error, f"{type(error).__name__}: {error}"
-        if not all_could(found is not None, ranks, device):
+                source.failure.error, reason = error, f"{type(error).__name__}: {error}"
+        if not all_could(found is not None, source.ranks, device):
             reason, found = reason or "another rank cannot tell how its optimizer steps", None
         if found is None:
             reading.absent[SHARPNESS_RATIO] = reading.absent[CRITICAL_LR] = reason.rstrip(".")
@@ -253,36 +242,34 @@ class Reader:
     def _at_batch_sizes(
         self,
         reading: Reading,
-        replay: Replay,
+        source: Source,
         seen: Curvature,
-        way: Way,
         steps: Stability,
         sharpness: float,
         top: Tensor,
-        ranks: int,
-        failure: RankFailure,
         batch_sizes: Sequence[int],
     ) -> int:
         """The critical rate at other batch sizes, from how much the Hessian along its top vector differs by chunk."""
-        if way.method != "exact":
+        if source.way.method != "exact":
             reading.absent[AT_BATCH_SIZE] = "it needs exact products on parts of the batch"
             return 0
         if seen.samples is None:
-            where = "the batch cannot be cut into samples" if replay.samples is None else "another rank's cannot be cut"
-            reading.absent[AT_BATCH_SIZE] = f"it needs parts of the batch: {replay.whole or where}"
+            own = source.replay
+            where = "the batch cannot be cut into samples" if own.samples is None else "another rank's cannot be cut"
+            reading.absent[AT_BATCH_SIZE] = f"it needs parts of the batch: {own.whole or where}"
             return 0
         failed, why = False, "on another rank"
         products, sizes = [top * math.nan], [1]
         try:
-            products, sizes = self._on_chunks(replay, steps, top, ranks)
+            products, sizes = self._on_chunks(source, steps, top)
         except Exception as error:
             if is_out_of_memory(error):
-                failure.error = error
+                source.failure.error = error
             # As BatchNorm, of which a part of the batch may be too small for a variance.
             failed, why = True, f"{type(error).__name__}: {error}".splitlines()[0]
-        if ranks > 1:
+        if source.ranks > 1:
             spread = spread_of_chunks(products, top, sizes, pool=sum_of_ranks)
-            failed = not all_could(not failed, ranks, top.device)
+            failed = not all_could(not failed, source.ranks, top.device)
         elif len(products) > 1:
             spread = spread_of_chunks(products, top, sizes)
         else:
@@ -297,16 +284,16 @@ class Reader:
             )
         return 1
 
-    def _on_chunks(self, replay: Replay, steps: Stability, top: Tensor, ranks: int) -> tuple[list[Tensor], list[int]]:
+    def _on_chunks(self, source: Source, steps: Stability, top: Tensor) -> tuple[list[Tensor], list[int]]:
         """Products of the Hessians of this rank's chunks with the top vector, and the chunks' sizes."""
-        samples = replay.samples or 0
-        count = min(max(_CHUNKS // ranks, 1), max(samples // 2, 1))  # BatchNorm needs two samples
-        if samples in (2, 3) and ranks == 1:
+        samples = source.replay.samples or 0
+        count = min(max(_CHUNKS // source.ranks, 1), max(samples // 2, 1))  # BatchNorm needs two samples
+        if samples in (2, 3) and source.ranks == 1:
             count = 2
         edges = [samples * k // count for k in range(count + 1)]
         products = []
         for k, (start, stop) in enumerate(pairwise(edges)):
-            operator = exact(replay, start, stop, seed=k)
+            operator = exact(source.replay, start, stop, seed=k)
             if steps.scale is not None:
                 operator = preconditioned(operator, steps.scale)
             products.append(operator(top))

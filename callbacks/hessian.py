@@ -17,6 +17,7 @@ from dynwatch.callbacks.batches import cloned, is_small, moved, part, samples_in
 from dynwatch.callbacks.budget import Budget
 from dynwatch.callbacks.curvature import (
     Method,
+    Source,
     Way,
     all_could,
     by_differences_because,
@@ -42,8 +43,8 @@ _MOST_SAVED_BYTES = 16 * 2**20
 # Readings in a row that may run out of memory, each on half as many samples, before the monitor gives up.
 _MOST_ATTEMPTS = 3
 # A reading's cost before the first was taken, for one spectrum, in training steps on as many samples. Measured on a GPT
-# with AdamW, which has two: 38, with what the first reading tries once.
-_GUESS = {"reading": 20.0, "full": 80.0}
+# with AdamW, which has two: 38 and 71 in two runs, with what the first reading tries once.
+_GUESS = {"reading": 36.0, "full": 110.0}
 
 
 class HessianMonitor(Monitor):
@@ -243,8 +244,8 @@ class HessianMonitor(Monitor):
         if self._budget is not None and not self._reason and (step + 1) % logging_interval(trainer) == 0:
             share = min((self._allowed or self._batch_size) / self._batch_size, 1.0) if self._batch_size else 1.0
             spectra = 2 if self._preconditions else 1
-            guess = _GUESS[self._kind] * spectra * share / trainer.accumulate_grad_batches
-            clocks = self._budget.clocks(step, stream.elapsed(), stream.own_seconds(), self._kind, guess)
+            guesses = {kind: n * spectra * share / trainer.accumulate_grad_batches for kind, n in _GUESS.items()}
+            clocks = self._budget.clocks(step, stream.elapsed(), stream.own_seconds(), self._kind, guesses)
             stream.emit(self, step, Budget.TAGS, clocks, mean_over_ranks=True)
 
     def _read_off(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -318,11 +319,12 @@ class HessianMonitor(Monitor):
                 if self.way is None:
                     return None
                 self._tell(trainer, self.way)
-            seen = curvature(replay, self.way, ranks, failure)
+            source = Source(replay, self.way, ranks, failure)
+            seen = curvature(source)
             sizes = self.batch_sizes
             if sizes is None:
                 sizes = _around(self._batch_size * ranks * trainer.accumulate_grad_batches)
-            return self._reader.take(replay, seen, self.way, trainer.optimizers, ranks, failure, full, sizes)
+            return self._reader.take(source, seen, trainer.optimizers, full, sizes)
 
     def _choose(self, replay: Replay, ranks: int, failure: RankFailure, device: torch.device) -> Way | None:
         """How products are computed; None if that failed on any rank."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from dynwatch.callbacks.batches import cloned, part, samples_in
+from dynwatch.callbacks.differentiable import dense_gradients, twice_differentiable
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.sandbox import Sandbox
 from dynwatch.callbacks.snapshot import CannotReplayError
+from dynwatch.ranks import local_part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,10 +107,10 @@ class Replay:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_dense_gradients(self._module))  # before the sandbox, which puts back what it finds
+            stack.enter_context(dense_gradients(self._module))  # before the sandbox, which puts back what it finds
             stack.enter_context(self._sandbox)
             # Also around what the caller differentiates: checkpointed parts run once more then.
-            stack.enter_context(_twice_differentiable(self._module))
+            stack.enter_context(twice_differentiable(self._module))
             self._undo = stack.pop_all()
         return self
 
@@ -122,6 +121,12 @@ class Replay:
     def sharded(self) -> bool:
         """Whether parameters are spread over ranks, so that only `gradient_in_place` can be used."""
         return any(hasattr(p, "to_local") for p in self.parameters.values())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether autocast rounds on the way to what was last looked through, or weights are of half precision."""
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
+        return half or "ToCopy" in self.operations
 
     def leaves(self) -> dict[str, Tensor]:
         """Fresh leaves of a graph that share the parameters' memory."""
@@ -151,23 +156,33 @@ class Replay:
 
     def _evaluate(self, parameters: Mapping[str, Tensor] | None, start: int = 0, stop: int | None = None) -> Tensor:
         """The loss, where all has been rewound."""
+        loss = self._checked(self._run(parameters, start, stop))
+        if not self._looked_through:
+            self.look_through(loss, parameters or {})
+            self._looked_through = bool(parameters)
+        return loss
+
+    def _run(self, parameters: Mapping[str, Tensor] | None, start: int = 0, stop: int | None = None) -> Any:
+        """What the step returns, where all has been rewound."""
         batch = self.batch
         if (start, stop) != (0, None) and self.samples is not None:
             batch = part(batch, self.samples, start, self.samples if stop is None else stop)
         # With tensors of its own, because a graph may need what the step has written to them.
         batch = cloned(batch)
-        replaced = {} if parameters is None else {self.parameters[name]: t for name, t in parameters.items()}
+        replaced = [] if parameters is None else [(self.parameters[name], t) for name, t in parameters.items()]
         with self._sandbox.muted(), self._trainer.precision_plugin.train_step_context():
-            self._sandbox.substitute(replaced.items())
-            loss = self._checked(self._step(batch))
-        if not self._looked_through:
-            self._look_through(loss, {p for p, t in replaced.items() if t is not p})
-            self._looked_through = bool(replaced)
-        return loss
+            self._sandbox.substitute(replaced)
+            return self._step(batch)
 
-    def _look_through(self, loss: Tensor, replaced: set[Tensor]) -> None:
-        """Note the operations behind a loss, and refuse it if it depends on parameters that have been replaced."""
-        self.operations, leaves = behind(loss)
+    def look_through(self, result: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Note the operations behind what a run gave, and refuse it if it depends on parameters that were replaced.
+
+        Args:
+            result: The loss, or anything else with a graph.
+            parameters: What the run was given.
+        """
+        self.operations, leaves = behind(result)
+        replaced = {self.parameters[name] for name, t in parameters.items() if t is not self.parameters[name]}
         missed = [name for name, p in self.parameters.items() if p in replaced and p in leaves]
         scripted = _scripted(self._module, missed)
         if scripted:
@@ -200,19 +215,46 @@ class Replay:
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(moved.items(), found, strict=True)}
 
     def _gradient_in_place(self, displacement: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._sandbox.rewind()
         shards = {name: local_part(p) for name, p in self.parameters.items()}
-        before = {name: shards[name].detach().clone() for name in displacement}
-        try:
-            with torch.no_grad():
-                for name, by in displacement.items():
-                    shards[name].add_(by)
+        with self._in_place({name: shards[name].detach() + by for name, by in displacement.items()}):
             loss = self._evaluate(None)
             for p in self.parameters.values():
                 p.grad = None  # the run's own gradients wait in the sandbox
             loss.backward()  # type: ignore[no-untyped-call]  # FSDP gathers and reduces in hooks of backward
             gradients = {name: p.grad for name, p in self.parameters.items()}
             return {n: torch.zeros_like(shards[n]) if g is None else local_part(g) for n, g in gradients.items()}
+
+    def run(self, parameters: Mapping[str, Tensor]) -> Any:
+        """What the step returns at given parameters, unchecked: for a mode that watches what happens in it.
+
+        There is a graph to the parameters that require a gradient, and tangents go through. Parameters that are spread
+        over ranks are given other values in place: all ranks must call it together, with values of their shards.
+
+        Args:
+            parameters: By name; those left out are as they are.
+        """
+        if not self.sharded:
+            self._sandbox.rewind()
+            return self._run(parameters)
+        with self._in_place(parameters):
+            try:
+                return self._run(None)
+            finally:  # backward, after which FSDP lets go of gathered weights, does not come
+                for child in self._module.modules():
+                    if callable(let_go := getattr(child, "reshard", None)):
+                        let_go()
+
+    @contextlib.contextmanager
+    def _in_place(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in the parameters' own memory (this rank's shards), whose bits are put back at the end."""
+        self._sandbox.rewind()
+        shards = {name: local_part(self.parameters[name]) for name in values}
+        before = {name: shard.detach().clone() for name, shard in shards.items()}
+        try:
+            with torch.no_grad():
+                for name, value in values.items():
+                    shards[name].copy_(value)
+            yield
         finally:
             self._sandbox.rewind()
             with torch.no_grad():
@@ -248,55 +290,6 @@ class Replay:
                 f"{source} returned a loss that depends on no parameter: it was detached, or computed under no_grad."
             )
         return result.reshape(())
-
-
-@contextlib.contextmanager
-def _dense_gradients(module: nn.Module) -> Iterator[None]:
-    """Embeddings with dense gradients, which those with sparse=True do not have and vectors are made of."""
-    sparse = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
-    for child in sparse:
-        child.sparse = False
-    try:
-        yield
-    finally:
-        for child in sparse:
-            child.sparse = True
-
-
-@contextlib.contextmanager
-def _twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Only kernels that have a second derivative: no fused attention, no cuDNN for LSTMs, nothing compiled."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(_has_weight_norm(child) for child in module.modules()):
-            stack.enter_context(_WeightNormByFormula())
-        if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
-            torch._C._set_cudnn_enabled(False)  # flags() would change the run's other settings, too
-            stack.callback(torch._C._set_cudnn_enabled, True)
-        if is_compiled(module) or "torch._dynamo.eval_frame" in sys.modules:  # a function may be compiled as well
-            if hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            elif is_compiled(module):
-                raise CannotReplayError(
-                    f"torch {torch.__version__} cannot run a compiled module eagerly, and compiled ones have no "
-                    "second derivative: update to torch 2.6 or newer."
-                )
-        yield
-
-
-class _WeightNormByFormula(TorchFunctionMode):
-    """Writes weight norms out: the second derivative of torch's own is wrong (2.13: `gradgradcheck` fails)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-        direction, length, *dim = args
-        return direction * (length / torch.norm_except_dim(direction, 2, *dim))
-
-
-def _has_weight_norm(module: nn.Module) -> bool:
-    old = (type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
-    return type(module).__name__ == "_WeightNorm" or any(old)
 
 
 def _scripted(module: nn.Module, parameters: Sequence[str]) -> str:
@@ -338,16 +331,3 @@ def behind(loss: Tensor) -> tuple[frozenset[str], set[Tensor]]:
         if hasattr(node, "variable"):
             leaves.add(node.variable)
     return frozenset(names), leaves
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor: all of it, unless it is a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module or one of its children runs compiled."""
-    return any(
-        type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None or getattr(m, "_compiler_ctx", None)
-        for m in module.modules()
-    )

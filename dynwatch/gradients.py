@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dynwatch.constants import on_device, widest_float
+from dynwatch.ranks import local_part
 
 # A float32 sum over a long vector loses digits on a CPU (1e-4 at 6e5 entries was seen for
 # torch.linalg.vector_norm). Pieces of these lengths keep the error of a norm below 1e-6.
@@ -263,9 +264,7 @@ def _dtensor_type() -> type | None:
 
 def _local_values(tensor: Tensor) -> Tensor:
     """The entries that this rank holds, dense."""
-    if _is_sharded(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
-    tensor = tensor.detach()
+    tensor = local_part(tensor).detach()
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 

@@ -228,8 +228,8 @@ def lanczos(
         except Exception as error:
             if operator.failed is None:
                 raise
-            operator.failed(error)  # the product is NaN on all ranks now
-            operator(vector)
+            operator.failed(error)
+            _go_along(operator, vector, step)
             return krylov(step, "non_finite")
         # A copy: the product may be a tensor that the operator uses again.
         rest.copy_(operator(vector).detach())
@@ -261,8 +261,17 @@ def lanczos(
             return krylov(step, reason)
         if step < steps:
             vector = basis.project_out(operator.random(generator)) if broken else rest.to(operator.device)
-            vector = vector / (operator.norm(vector) if broken else beta[-1])
+            # In place, as this is past the point where a rank that runs out of memory can meet the others.
+            vector.div_(operator.norm(vector) if broken else beta[-1])
     return krylov(steps, "max_hvps")
+
+
+def _go_along(operator: Operator, vector: Tensor, step: int) -> None:
+    """On a rank that failed before a step's product: all that the others ask of it until they see the NaN."""
+    operator(vector)  # NaN on all ranks now
+    dots = torch.full((step,), math.nan, dtype=operator.dtype, device=operator.device)
+    for numbers in (dots, dots.clone(), dots[:1].to(widest_float(operator.device))):
+        operator.reduce(numbers)
 
 
 def _start(operator: Operator, start: Tensor | None, mix: float, generator: torch.Generator) -> tuple[Tensor, float]:

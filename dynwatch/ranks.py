@@ -26,6 +26,23 @@ class RankFailure:
         self.error: Exception | None = None
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """The entries of a tensor that this process holds: all of them, unless it is a DTensor.
+
+    Args:
+        tensor: Of any shape.
+
+    Returns:
+        Its share if it is a DTensor, else the tensor itself.
+
+    Example:
+        >>> local_part(torch.ones(2))
+        tensor([1., 1.])
+    """
+    share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
+
+
 def sum_of_ranks(tensor: Tensor) -> Tensor:
     """The sum of each process's tensor, in place, which all must call together.
 

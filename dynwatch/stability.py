@@ -13,6 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RMS
 
 from dynwatch.learning_rate import ema_threshold, rate_at, sgd_threshold
 from dynwatch.operators import vector_dtype
+from dynwatch.ranks import local_part
 
 
 class Unsupported(ValueError):  # noqa: N818 - an answer about an optimizer, as much as an error
@@ -137,7 +138,7 @@ def stability(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Stability:
     threshold = _common_threshold(kind, rule, [group for group in groups if relative[id(group)] > 0], youngest)
 
     dtype, device = vector_dtype(parameters), parameters[0].device
-    sizes = [_local(p).numel() for p in parameters]
+    sizes = [local_part(p).numel() for p in parameters]
 
     def flat(numbers: Sequence[float]) -> Tensor:
         return torch.cat([torch.full((n,), x, dtype=dtype, device=device) for n, x in zip(sizes, numbers, strict=True)])
@@ -194,16 +195,10 @@ def _common_threshold(kind: str, rule: _Rule, groups: Sequence[Mapping[str, Any]
     return thresholds[0]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's share of a DTensor; another tensor itself."""
-    share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return share.detach()
-
-
 def _steps(states: Sequence[Mapping[str, Any]]) -> list[float]:
     steps = [torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).reshape(()) for state in states]
     # Fused and capturable optimizers count on the device: one transfer for all.
-    away = [_local(step) for step in steps if step.device.type != "cpu"]
+    away = [local_part(step) for step in steps if step.device.type != "cpu"]
     brought = iter(torch.stack(away).tolist() if away else [])
     return [float(step) if step.device.type == "cpu" else next(brought) for step in steps]
 
@@ -224,24 +219,24 @@ def _sgd(group: Mapping[str, Any], step: float) -> float:
 
 
 def _root_of_mean(group: Mapping[str, Any], state: Mapping[str, Any], step: float, dtype: torch.dtype) -> Tensor:
-    square = _local(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]).to(dtype)
+    square = local_part(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]).to(dtype)
     return (square / (1 - math.pow(group["betas"][1], step))).sqrt_().add_(group["eps"])
 
 
 def _root_of_spread(group: Mapping[str, Any], state: Mapping[str, Any], step: float, dtype: torch.dtype) -> Tensor:
-    square = _local(state["square_avg"]).to(dtype)
+    square = local_part(state["square_avg"]).to(dtype)
     if group["centered"]:
-        square = (square - _local(state["grad_avg"]).to(dtype).square()).clamp_(min=0)
+        square = (square - local_part(state["grad_avg"]).to(dtype).square()).clamp_(min=0)
     return square.sqrt().add_(group["eps"])
 
 
 def _root_of_sum(group: Mapping[str, Any], state: Mapping[str, Any], step: float, dtype: torch.dtype) -> Tensor:
     slowed: float = 1 + step * group["lr_decay"]
-    return _local(state["sum"]).to(dtype).sqrt().add_(group["eps"]).mul_(slowed)
+    return local_part(state["sum"]).to(dtype).sqrt().add_(group["eps"]).mul_(slowed)
 
 
 def _maximum(group: Mapping[str, Any], state: Mapping[str, Any], step: float, dtype: torch.dtype) -> Tensor:
-    return _local(state["exp_inf"]).to(dtype)
+    return local_part(state["exp_inf"]).to(dtype)
 
 
 class _Rule(NamedTuple):

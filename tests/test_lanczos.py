@@ -409,26 +409,41 @@ def test_an_empty_basis_projects_nothing_out() -> None:
     assert torch.equal(Basis(from_matrix(torch.eye(3))).project_out(v), v)
 
 
-def test_a_failure_on_one_process_meets_the_others_in_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where memory runs out between products, the operator is told and asked once more, so that no rank waits."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_failure_on_one_process_meets_the_others(
+    at: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out on one rank, it asks for the same collectives as the others, until NaN ends them all."""
+    asked: list[tuple[object, ...]] = []
     told: list[Exception] = []
-    products: list[Tensor] = []
+    broken_at = 0
 
     def product(vector: Tensor) -> Tensor:
-        products.append(vector)
-        return vector * math.nan if told else vector * torch.arange(1.0, 6.0)
+        asked.append(("product",))
+        products = sum(each == ("product",) for each in asked)
+        return vector * math.nan if products == at else vector * torch.arange(1.0, 6.0, dtype=dtype)
+
+    def reduce(dots: Tensor) -> Tensor:
+        asked.append((dots.shape, dots.dtype))
+        return dots
 
     appended = Basis.append
 
     def full(self: Basis, vector: Tensor) -> None:
-        if len(self) == 2:
+        if len(self) + 1 == broken_at:
             raise MemoryError("full")
         appended(self, vector)
 
     monkeypatch.setattr(Basis, "append", full)
-    operator = Operator(product, 5, 5, torch.float32, torch.device("cpu"), failed=told.append)
-    found = extreme_eigenvalues(operator)
-    assert (found.reason, len(products), len(told)) == ("non_finite", 3, 1)
-    alone = Operator(lambda v: v * torch.arange(1.0, 6.0), 5, 5, torch.float32, torch.device("cpu"))
+    operator = Operator(product, 5, 5, dtype, torch.device("cpu"), reduce=reduce, failed=told.append)
+    assert extreme_eigenvalues(operator).reason == "non_finite"
+    of_the_others = list(asked)
+    assert (len(told), asked.count(("product",))) == (0, at)
+    asked.clear()
+    broken_at = at
+    assert extreme_eigenvalues(operator).reason == "non_finite"
+    assert asked == of_the_others
+    assert len(told) == 1
     with pytest.raises(MemoryError):
-        extreme_eigenvalues(alone)
+        extreme_eigenvalues(replace(operator, failed=None))

@@ -21,6 +21,7 @@ from dynwatch.callbacks.budget import Budget
 from dynwatch.operators import Operator
 
 STEP = 0.1  # seconds
+GUESSES = {"reading": 20.0, "full": 60.0}  # steps
 
 
 class Run:
@@ -50,7 +51,7 @@ class Run:
                     self.readings.append(self.step)
                     self.shares.append(self.own / self.elapsed)
                 next_kind = kind(len(self.readings))
-                clocks = self.budget.clocks(self.step, self.elapsed, self.own, next_kind, 20.0)
+                clocks = self.budget.clocks(self.step, self.elapsed, self.own, next_kind, GUESSES)
                 self.budget.plan(self.step, dict(zip(Budget.TAGS, clocks.tolist(), strict=True)))
             self.step += 1
         return self
@@ -96,6 +97,13 @@ def test_the_first_reading_waits_for_its_guess() -> None:
     assert run.readings[0] in (399, 400, 401)
 
 
+def test_an_unknown_kind_is_guessed_from_a_known_one() -> None:
+    """Once an ordinary reading has been measured, a full one is thought to cost three times as much, not 60 steps."""
+    run = Run(Budget(0.05)).go(3000, lambda i: 1.0 if i else 0.5, lambda i: "full" if i == 1 else "reading")
+    # Of 0.5 + 1.5 s, at 0.05 s of budget a second.
+    assert run.readings[1] in (399, 400, 401)
+
+
 def test_dearer_readings_wait_longer() -> None:
     """Each kind waits for its own cost."""
     kinds = ["reading", "full"]
@@ -125,7 +133,7 @@ def test_ranks_with_other_clocks_plan_alike() -> None:
                 elapsed[rank] += seconds
                 own[rank] += seconds
         readings += due == {True}
-        clocks = [b.clocks(step, elapsed[r], own[r], "reading", 20.0) for r, b in enumerate(ranks)]
+        clocks = [b.clocks(step, elapsed[r], own[r], "reading", GUESSES) for r, b in enumerate(ranks)]
         mean = dict(zip(Budget.TAGS, torch.stack(clocks).mean(0).tolist(), strict=True))
         for budget in ranks:
             budget.plan(step, mean)
@@ -148,7 +156,7 @@ def test_a_clock_that_stands_still() -> None:
     budget = Budget(0.5)
     budget.plan(0, dict.fromkeys(Budget.TAGS, 0.0))
     assert not budget.is_due(10**9)
-    budget.plan(0, dict(zip(Budget.TAGS, budget.clocks(0, 1e-300, 0.0, "reading", 20.0).tolist(), strict=True)))
+    budget.plan(0, dict(zip(Budget.TAGS, budget.clocks(0, 1e-300, 0.0, "reading", GUESSES).tolist(), strict=True)))
 
 
 def test_a_resumed_run_knows_the_costs() -> None:
@@ -235,7 +243,7 @@ def test_a_run_keeps_within_its_share(clock: type[Clock], monkeypatch: pytest.Mo
     timed = fit(monitor, tmp_path, 150)
     assert len(seen) >= 4 and {kind for _, kind in seen} == {"reading", "full"}
     assert all((step + 1) % 5 == 0 for step, _ in seen)
-    assert seen[0][0] >= 399  # a guess of 20 steps
+    assert seen[0][0] >= 719  # a guess of 36 steps
     assert 0.025 < timed.shares[-1] <= 0.055
     assert monitor._readings == len(seen)
 

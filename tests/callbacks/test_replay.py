@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dynwatch.callbacks.replay import Replay, is_compiled
+from dynwatch.callbacks.differentiable import is_compiled
+from dynwatch.callbacks.replay import Replay
 from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.operators import flatten, hessian, unflatten
 
