@@ -10,6 +10,16 @@ from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
+from dynwatch.callbacks.step_radius import StepRadiusMonitor
+from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.watch import DynWatch
 
-__all__ = ["ActivationMonitor", "DynWatch", "EarlyTermination", "GradientNormMonitor", "HessianMonitor"]
+__all__ = [
+    "ActivationMonitor",
+    "DynWatch",
+    "EarlyTermination",
+    "GradientNormMonitor",
+    "HessianMonitor",
+    "StepRadiusController",
+    "StepRadiusMonitor",
+]

@@ -38,11 +38,11 @@ class Budget:
         """Start the count at the first step of a run, or of its resumption."""
         self._first_step = step
         self._due: int | None = None
-        self._spent = 0.0
+        self.spent = 0.0  # seconds of readings since then
 
     def spend(self, kind: str, seconds: float, whole: bool = True) -> None:
         """Note what a reading took; one that is not whole tells nothing of what the next one takes."""
-        self._spent += seconds
+        self.spent += seconds
         if whole:
             self.costs[kind] = seconds
         self._due = None  # until the ranks have planned anew
@@ -63,12 +63,12 @@ class Budget:
                 only their ratio is used.
         """
         steps = step + 1 - self._first_step
-        others = max(own - self._spent, 0.0)
+        others = max(own - self.spent, 0.0)
         a_step = max(elapsed - own, 0.0) / max(steps, 1)
         cost = self.costs.get(kind, guesses[kind] * a_step)
         if kind not in self.costs and self.costs:
             cost = max(seconds * guesses[kind] / guesses[other] for other, seconds in self.costs.items())
-        return torch.tensor([elapsed, others, self._spent, steps, cost], dtype=torch.float64)
+        return torch.tensor([elapsed, others, self.spent, steps, cost], dtype=torch.float64)
 
     def plan(self, step: int, clocks: Mapping[str, float]) -> None:
         """Choose the next step, from the ranks' averaged clocks of this one."""
@@ -85,3 +85,9 @@ class Budget:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.costs = dict(state["costs"])
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a device finish what it has been given, so that a clock tells who took the time."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

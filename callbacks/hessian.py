@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dynwatch.callbacks import curvature_reading as tags
 from dynwatch.callbacks.base import Monitor, isolated
 from dynwatch.callbacks.batches import cloned, is_small, moved, part, samples_in
-from dynwatch.callbacks.budget import Budget
+from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.curvature import (
     Method,
     Source,
@@ -251,7 +251,7 @@ class HessianMonitor(Monitor):
     def _read_off(self, trainer: Trainer, pl_module: LightningModule) -> None:
         kind = self._kind
         device = pl_module.device
-        _wait_for(device)
+        wait_for(device)
         began = time.perf_counter()
         failure = RankFailure()
         reading: Reading | None = None
@@ -261,7 +261,7 @@ class HessianMonitor(Monitor):
             failure.error = failure.error or error
         # One rank's batch is all ranks' loss.
         skipped = not all_could(not isinstance(failure.error, SkippedBatchError), trainer.world_size, device)
-        _wait_for(device)
+        wait_for(device)
         if self._budget is not None:
             self._budget.spend(kind, time.perf_counter() - began, whole=not skipped)
         if skipped:
@@ -414,9 +414,3 @@ def _preconditions(optimizer: Optimizer) -> bool:
 def _around(batch_size: int) -> list[int]:
     """Half, once, twice and four times a batch size; none if it is not known."""
     return sorted({max(batch_size // 2, 1), batch_size, 2 * batch_size, 4 * batch_size}) if batch_size else []
-
-
-def _wait_for(device: torch.device) -> None:
-    """Let a device finish what it has been given, so that a clock tells who took the time."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()

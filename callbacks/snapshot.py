@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import io
 import logging
@@ -84,6 +85,7 @@ class Snapshot:
             for value, form, key in look(item):
                 if type(value) not in _PLAIN:
                     waiting.append((value, (path, form, key)))
+        self._looks.clear()  # methods of this object: a cycle would keep copies alive until a garbage collection
 
     def restore(self) -> None:
         failed: Exception | None = None
@@ -111,6 +113,7 @@ class Snapshot:
             ((bytearray, array.array), self._bytes),
             (np.ndarray, self._array),
             (random.SystemRandom, self._pass),
+            (contextlib._GeneratorContextManager, self._pass),  # a decorator's, which makes itself anew at each call
             ((io.StringIO, io.BytesIO), self._stream),
             ((random.Random, np.random.RandomState, np.random.Generator, torch.Generator), self._generator),
             ((functools.partial, types.MethodType, types.FunctionType), self._function),

@@ -12,6 +12,8 @@ from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.report import print_start, print_summary
+from dynwatch.callbacks.step_radius import StepRadiusMonitor
+from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.stream import Stream
 
 
@@ -22,9 +24,9 @@ class DynWatch(Callback):
     starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
     summary with the key figures, its own cost and the verdict.
 
-    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor` and `EarlyTermination` log, and
-    `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it, as often as the
-    Trainer logs.
+    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor` and
+    `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it,
+    as often as the Trainer logs.
 
     Args:
         gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
@@ -37,6 +39,10 @@ class DynWatch(Callback):
         hessian: Watch curvature; a `HessianMonitor` of your own replaces the default one, `False` leaves it out.
         max_overhead: The most of the run's time that costly monitors may take, as a share: they read less often to
             keep it. One whose `every_n_steps` you set yourself is not held back.
+        step_radius: Watch the optimizer's steps beside the softmax radius; a `StepRadiusMonitor` of your own replaces
+            the default one, `False` leaves it out.
+        controller: A `StepRadiusController` that caps steps beyond that radius, or `True` for one that looks at every
+            step. Off by default: it is the one part of dynwatch that may change a run.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -53,17 +59,24 @@ class DynWatch(Callback):
         activations: bool | ActivationMonitor = True,
         hessian: bool | HessianMonitor = True,
         max_overhead: float = 0.05,
+        step_radius: bool | StepRadiusMonitor = True,
+        controller: bool | StepRadiusController = False,
     ) -> None:
         super().__init__()
         for argument, value, kind in (
             ("gradients", gradients, GradientNormMonitor),
             ("activations", activations, ActivationMonitor),
             ("hessian", hessian, HessianMonitor),
+            ("step_radius", step_radius, StepRadiusMonitor),
+            ("controller", controller, StepRadiusController),
             ("stop", stop, EarlyTermination),
         ):
             if not isinstance(value, (bool, kind)):
                 raise ValueError(f"{argument}={value!r} must be True, False or an instance of {kind.__name__}.")
         self.monitors: list[Monitor] = []
+        if controller:
+            # First, so that the others see the steps that are really taken.
+            self.monitors.append(StepRadiusController() if controller is True else controller)
         if gradients:
             self.monitors.append(GradientNormMonitor() if gradients is True else gradients)
         if activations:
@@ -72,13 +85,16 @@ class DynWatch(Callback):
         default_hessian = HessianMonitor(max_overhead=max_overhead)
         if hessian:
             self.monitors.append(default_hessian if hessian is True else hessian)
+        if step_radius:
+            own_share = max_overhead / 5  # what is left goes to curvature
+            self.monitors.append(StepRadiusMonitor(max_overhead=own_share) if step_radius is True else step_radius)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
             raise ValueError(
-                "DynWatch(gradients=False, stop=False, activations=False, hessian=False) watches nothing: turn one on "
-                "or leave it out."
+                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False) watches "
+                "nothing: turn one on or leave it out."
             )
         self.report = report
         if self.early_termination and not report:

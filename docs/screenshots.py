@@ -1,6 +1,6 @@
 """Takes the pictures in docs/images of the examples, as TensorBoard shows them.
 
-    python docs/screenshots.py [digits] [edge_of_stability] [batch_size]
+    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike]
 
 Needs Chromium and playwright. Without an argument it takes all. In that of the digits the gradient,
 update and loss charts are set to a logarithmic scale, with the button that each chart has: on a linear one the
@@ -36,7 +36,7 @@ MARGIN_CARD = "tf-custom-scalar-margin-chart-card"
 
 
 def main() -> None:
-    takers = {"digits": digits, "edge_of_stability": edge_of_stability, "batch_size": batch_size}
+    takers = {"digits": digits, "edge_of_stability": edge_of_stability, "batch_size": batch_size, "lr_spike": lr_spike}
     parser = argparse.ArgumentParser(description="Takes the pictures in docs/images.")
     parser.add_argument("examples", nargs="*", metavar="example", help=f"of {', '.join(takers)}; all if none is named")
     IMAGES.mkdir(exist_ok=True)
@@ -71,6 +71,19 @@ def edge_of_stability(logs: Path) -> None:
 def batch_size(folder: Path) -> None:
     run("batch_size.py", "--picture", str(IMAGES / "batch_size.png"))
     check_size(IMAGES / "batch_size.png")
+
+
+def lr_spike(logs: Path) -> None:
+    run("lr_spike.py", "--logdir", str(logs))
+    with tensorboard(logs, ["plain_0", "clipped_0", "controlled_0"]) as address, browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1050, "height": 470})
+        page.goto(f"{address}/#scalars&_smoothingWeight=0&tagFilter=val_accuracy%7Cstep_radius%2Fr%24")
+        page.get_by_text("Ignore outliers in chart scaling").click()
+        card = page.locator("tf-scalar-card", has_text="step_radius/r").last  # the filter's, after its folded group
+        card.locator("path.line").first.wait_for(state="attached")
+        card.get_by_title("Toggle y-axis log scale").click()
+        card.get_by_title("Fit domain to data").click()
+        save(page, "lr_spike.png")
 
 
 def curvature(page: Page, address: str) -> None:

@@ -19,9 +19,9 @@ Stream = list[tuple[int, dict[str, float]]]
 
 LOSS, VAL_LOSS, GRADIENT, WEIGHTS = "stop/loss", "stop/val_loss", "stop/grad_norm", "stop/weight_norm"
 SCALER, LR, LR_LOW, PROGRESS, IDLE = "stop/scaler", "stop/lr", "stop/lr_low", "stop/progress", "stop/idle_parameters"
-RATIO, CRITICAL = "hessian/sharpness_ratio", "hessian/critical_lr"
+RATIO, CRITICAL, STEP = "hessian/sharpness_ratio", "hessian/critical_lr", "step_radius/r"
 LAYERS = [f"{kind}{name}" for kind in ("grad_norm/layer/", "update_ratio/", "activation/dead/") for name in "abcd"]
-SHARED = [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, SCALER, LR, LR_LOW, PROGRESS, IDLE, RATIO, CRITICAL]
+SHARED = [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, SCALER, LR, LR_LOW, PROGRESS, IDLE, RATIO, CRITICAL, STEP]
 UNKNOWN = ["", "loss", "stop/", "stop/loss/a", "grad_norm", "update_ratio", "activation/", "u", "ga", "é"]
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -40,6 +40,7 @@ IMPATIENT: dict[str, dict[str, Any]] = {
     "plateau": {"min_readings": 32, "tolerance": 0.5},
     "overfitting": {"patience": 4, "tolerance": 0.0},
     "sharpness": {"patience": 2, "margin": 1.0},
+    "large_steps": {"patience": 2, "margin": 1.0},
 }
 
 
@@ -86,13 +87,14 @@ def tail(base: int) -> list[dict[str, float]]:
             "update_ratio/a": 0.0,
             "update_ratio/b": 1.0,
             RATIO: 2.0,
+            STEP: 9.0,
             CRITICAL: 0.1,
             LR: 0.3,
             **{f"grad_norm/layer/{layer}": 0.01**k for k, layer in zip((3, 2, 1, 0), "abcd", strict=True)},
         }
         for i in range(base)
     ]
-    rising = [{LOSS: 90.0 + 10 * i, RATIO: 2.0} for i in range(12)]
+    rising = [{LOSS: 90.0 + 10 * i, RATIO: 2.0, STEP: 9.0} for i in range(12)]
     return [*falling, *rising, {LOSS: math.nan}]
 
 
@@ -169,6 +171,11 @@ def curved(ratio: float, losses: list[float]) -> list[dict[str, float]]:
     return [{LOSS: loss, **(now if i % 5 == 0 else {})} for i, loss in enumerate(losses)]
 
 
+def striding(r: float, losses: list[float]) -> list[dict[str, float]]:
+    """Losses, with the normalised step at every fifth of them."""
+    return [{LOSS: loss, **({STEP: r} if i % 5 == 0 else {})} for i, loss in enumerate(losses)]
+
+
 POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "non_finite": (constant(40, loss=1.0, norm=1.0), [{LOSS: math.nan}]),
     "divergence": (constant(40, loss=2.0), constant(30, loss=80.0)),
@@ -187,6 +194,10 @@ POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "overfitting": (
         [{LOSS: 2.0 / (1 + i), VAL_LOSS: 1.5 - 0.1 * i} for i in range(6)],
         [{LOSS: 2.0 / (1 + i), VAL_LOSS: 0.9 + 0.05 * (i - 5)} for i in range(6, 30)],
+    ),
+    "large_steps": (
+        striding(3.0, [2.0 + 0.1 * (i % 3) for i in range(60)]),
+        striding(9.0, [2.0 + 0.1 * (i % 3) for i in range(300)]),
     ),
     "sharpness": (curved(1.1, [2.0 - i / 40 for i in range(60)]), curved(2.1, [0.5 * 1.02**i for i in range(150)])),
 }
@@ -316,7 +327,7 @@ def test_the_ends_of_the_floats_break_no_rule(name: str, course: str) -> None:
         rule = make(name, **arguments)
         for i in range(300):
             readings = dict.fromkeys(
-                [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, RATIO, CRITICAL, *LAYERS], HUGE[course](i)
+                [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, RATIO, CRITICAL, STEP, *LAYERS], HUGE[course](i)
             )
             text(rule.update(i, {**readings, PROGRESS: 0.5, LR: abs(readings[LOSS]), LR_LOW: readings[LOSS]}, {}))
 
@@ -383,6 +394,8 @@ def test_an_argument_out_of_bounds_is_an_error(kind: Callable[..., Rule], argume
         ("overfitting", "tolerance", 1.0),
         ("sharpness", "patience", 1),
         ("sharpness", "margin", 0.99),
+        ("large_steps", "patience", 1),
+        ("large_steps", "margin", 0.99),
     ],
 )
 def test_a_bound_is_where_it_is_said_to_be(name: str, argument: str, value: float) -> None:

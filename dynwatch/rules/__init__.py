@@ -8,6 +8,7 @@ from dynwatch.rules.base import EVIDENCE_LENGTH, Action, Recent, Rule, Verdict
 from dynwatch.rules.dead_layers import DeadLayers
 from dynwatch.rules.divergence import Divergence
 from dynwatch.rules.gradient_explosion import GradientExplosion
+from dynwatch.rules.large_steps import LargeSteps
 from dynwatch.rules.loss_spike import LossSpike
 from dynwatch.rules.no_learning import NoLearning
 from dynwatch.rules.non_finite import NonFinite
@@ -26,6 +27,7 @@ __all__ = [
     "DeadLayers",
     "Divergence",
     "GradientExplosion",
+    "LargeSteps",
     "LossSpike",
     "NoLearning",
     "NonFinite",
@@ -67,4 +69,5 @@ def default_rules() -> list[Rule]:
         Plateau(),
         Overfitting(),
         Sharpness(),
+        LargeSteps(),
     ]

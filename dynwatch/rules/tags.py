@@ -25,6 +25,9 @@ CRITICAL_LR = "hessian/critical_lr"  # the learning rate at which that happens
 LAMBDA_MAX = "hessian/lambda_max"  # λ itself
 BATCH_SHARPNESS = "hessian/batch_sharpness"  # gᵀHg / gᵀg of a training batch
 
+# At sparse steps: how long the step was, over the radius within which the softmax loss can be trusted.
+STEP = "step_radius/r"
+
 # All of the above, which no metric of the user's and no rule may be called.
 OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))
 

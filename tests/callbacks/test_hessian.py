@@ -929,12 +929,12 @@ def test_nothing_is_done_where_nothing_is_due(tmp_path: Path, monkeypatch: pytes
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("Replay", "_wait_for", "cloned"):
+    for name in ("Replay", "wait_for", "cloned"):
         count(name)
     monitor = HessianMonitor(every_n_steps=5, probe_batch="current")
     found = fit(Model(mlp()), tmp_path, monitor, loader=batches(12))
     assert steps(found, LARGEST) == [4, 9]
-    assert counts == {"Replay": 2, "_wait_for": 4, "cloned": 2}
+    assert counts == {"Replay": 2, "wait_for": 4, "cloned": 2}
 
 
 class Holds(pl.Callback):

@@ -177,11 +177,11 @@ def test_the_cost_of_a_skipped_reading_is_no_guide(monkeypatch: pytest.MonkeyPat
     monitor = HessianMonitor()
     fit(tmp_path, monitor, skipping(*range(16)))
     assert monitor._skipped == 16 and monitor._budget is not None
-    assert monitor._budget.costs == {} and monitor._budget._spent > 0
+    assert monitor._budget.costs == {} and monitor._budget.spent > 0
     budget = hessian.Budget(0.05)
     budget.spend("full", 8.0)
     budget.spend("full", 0.5, whole=False)
-    assert budget.costs == {"full": 8.0} and budget._spent == 8.5
+    assert budget.costs == {"full": 8.0} and budget.spent == 8.5
 
 
 # --- what is refused, and how it is told

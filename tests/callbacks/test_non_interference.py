@@ -6,6 +6,7 @@ A new monitor joins with one line in `MONITORS`.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,15 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor, HessianMonitor
+from dynwatch.callbacks import (
+    ActivationMonitor,
+    DynWatch,
+    EarlyTermination,
+    GradientNormMonitor,
+    HessianMonitor,
+    StepRadiusController,
+    StepRadiusMonitor,
+)
 from dynwatch.rules import StopWhen
 
 # Metrics of the user's that rules ask for: by step, by epoch, a metric object, and of validation.
@@ -35,6 +44,8 @@ MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "gradients": lambda: GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1),
     "activations": lambda: ActivationMonitor(every_n_steps=1),
     "hessian": lambda: HessianMonitor(every_n_steps=2, full_every_n_readings=2),
+    "step_radius": lambda: StepRadiusMonitor(every_n_steps=1, b2=True),
+    "controller": lambda: StepRadiusController(r_max=math.inf),
     "early_termination": EarlyTermination,
     "user_metrics": lambda: EarlyTermination([StopWhen(c, name, action="warn") for name, c in CONDITIONS.items()]),
     "dynwatch": DynWatch,
@@ -154,6 +165,8 @@ def test_a_monitor_changes_no_bit(run: str, monitor: str, bare: Callable[[str], 
     for part in getattr(watch, "monitors", [watch]):
         if isinstance(part, HessianMonitor) and RUNS[run][0] is Manual:
             part.loss = lambda module, batch: module._loss(batch)
+        if isinstance(part, (StepRadiusMonitor, StepRadiusController)) and RUNS[run][0] is Manual:
+            part._look.logits = lambda module, batch: module(batch[0])
     watched = train(run, tmp_path, watch)
     assert differences(bare(run), watched) == []
     for part in getattr(watch, "monitors", [watch]):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
+import gc
 import itertools
 import random
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -268,3 +271,31 @@ def test_places_of_parameters() -> None:
     taken.restore()
     found = [holder.weight, *holder.value["list"], *holder.value["queue"], slotted.x, holder.function()]
     assert all(isinstance(tensor, nn.Parameter) for tensor in found)
+
+
+def test_it_is_let_go_without_a_garbage_collection() -> None:
+    """Nothing in it leads back to it, so that copies of tensors do not wait for the collector."""
+    module = nn.Linear(3, 2)
+    module.kept = [1, {"a": torch.ones(2)}]
+    gc.collect()
+    gc.disable()
+    try:
+        snapshot = Snapshot({"module": module})
+        seen = weakref.ref(snapshot)
+        del snapshot
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_a_decorator_with_a_generator_of_its_own() -> None:
+    """A function that a context manager decorates is no iterator: each call makes the generator anew."""
+
+    @contextlib.contextmanager
+    def quietly() -> Iterator[None]:
+        yield
+
+    module = nn.Linear(3, 2)
+    module.act = quietly()(lambda: 3)  # type: ignore[assignment]
+    Snapshot({"module": module}).restore()
+    assert module.act() == 3  # type: ignore[operator]

@@ -1,0 +1,177 @@
+"""The logits of a training step, found by watching its cross entropies, without a change to the user's code."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from dynwatch.callbacks.snapshot import CannotReplayError
+
+# torch 2.13 and later: the last linear layer and its cross entropy in one.
+_LINEAR_CROSS_ENTROPY = getattr(functional, "linear_cross_entropy", None)
+_SOFTMAX = (functional.cross_entropy, functional.nll_loss)
+
+# How far the probabilities given to nll_loss may sum from 1, in the logarithm; half precision is off by hundredths.
+_NORMALIZED = 0.1
+
+# How far below the likeliest class a masked one is put: e^-100 is nothing, and 100 costs no digits.
+_FAR = 100.0
+
+WATCHED = "cross_entropy, nll_loss or binary_cross_entropy_with_logits"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits that one cross entropy got, with what it got beside them.
+
+    Attributes:
+        kind: "softmax", or "sigmoid" where each logit stands alone.
+        logits: [..., K] for a softmax, of any shape for a sigmoid.
+        targets: Class indices [...], probabilities [..., K], or for a sigmoid the shape of the logits; None if unknown.
+        options: Arguments of the loss that its value depends on.
+        version: Of the logits when the loss saw them.
+        call: Which of the step's cross entropies it was, from 0.
+    """
+
+    kind: Literal["softmax", "sigmoid"]
+    logits: Tensor
+    targets: Tensor | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 0
+    call: int = 0
+
+    @property
+    def samples(self) -> torch.Size:
+        """The shape of the samples: without the dimension of classes."""
+        return self.logits.shape[:-1] if self.kind == "softmax" else self.logits.shape
+
+    def counted(self) -> Tensor | None:
+        """Which samples the loss counts, [...] of bool; None for all."""
+        weight: Tensor | None = self.options.get("weight")
+        targets = self.targets
+        if self.kind == "sigmoid":
+            return None if weight is None else (weight != 0).expand(self.samples)
+        if targets is None or targets.is_floating_point():
+            return None
+        counted: Tensor = targets != self.options.get("ignore_index", -100)
+        if weight is not None:
+            counted = counted & (weight != 0)[targets.clamp(0, len(weight) - 1)]
+        return counted
+
+
+class LogitsWatch(TorchFunctionMode):
+    """Notes the logits of every cross entropy that is computed where gradients are on.
+
+    It sees `cross_entropy`, `nll_loss`, `binary_cross_entropy_with_logits` and `linear_cross_entropy` of
+    `torch.nn.functional` and the modules that call them.
+
+    Attributes:
+        scores: One a call, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[Scores] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        known = func in _SOFTMAX or func is functional.binary_cross_entropy_with_logits
+        if (known or (func is _LINEAR_CROSS_ENTROPY and func is not None)) and torch.is_grad_enabled():
+            self.scores.append(replace(_scores(func, args, kwargs), call=len(self.scores)))
+        return result
+
+    def check_unchanged(self) -> None:
+        """Refuse logits that were written to after their loss was computed."""
+        if any(s.logits._version != s.version for s in self.scores):
+            raise CannotReplayError(
+                "training_step changes its logits in place after it computed their cross entropy. Work on a copy of "
+                "them (logits.clone()), or pass logits=, a function of module and batch that gives logits and targets."
+            )
+
+
+def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    logits, targets = values["input"], values["target"]
+    if func is functional.binary_cross_entropy_with_logits:
+        options = {name: values[name] for name in ("weight", "pos_weight") if values[name] is not None}
+        return Scores("sigmoid", logits, targets, options, logits._version)
+    if func is _LINEAR_CROSS_ENTROPY:
+        logits = _linear(logits, values["linear_weight"], values["linear_bias"])
+    if logits.dim() > 2:
+        logits = logits.movedim(1, -1)
+        targets = targets.movedim(1, -1) if targets.is_floating_point() else targets
+    if func is functional.nll_loss:
+        _check_normalized(logits)
+    options = {n: values[n] for n in ("weight", "ignore_index", "label_smoothing") if values.get(n) is not None}
+    logits = _finite(logits)
+    return Scores("softmax", logits, targets, options, logits._version)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Classes that are masked out by -inf move with the likeliest one, far below it: so they bound nothing."""
+    masked = logits.detach() == -math.inf
+    return torch.where(masked, logits.amax(-1, keepdim=True) - _FAR, logits) if bool(masked.any()) else logits
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [N, C, ...] or [C] of a weight [C, ..., features], of more than two dimensions for tokens or pixels."""
+    if weight.dim() == 2:
+        return functional.linear(hidden, weight, bias)
+    logits = functional.linear(hidden, weight.flatten(0, -2)).reshape(*hidden.shape[:-1], *weight.shape[:-1])
+    return logits if bias is None else logits + bias.reshape(*bias.shape, *[1] * (weight.dim() - 1 - bias.dim()))
+
+
+def _check_normalized(log_probabilities: Tensor) -> None:
+    """Refuse what nll_loss got if it is no logarithm of probabilities: its gradient is not a softmax's."""
+    with torch.no_grad():
+        if bool(log_probabilities.detach().float().logsumexp(-1).abs().gt(_NORMALIZED).any()):
+            raise CannotReplayError(
+                "nll_loss was given numbers that are no log-probabilities, so they are no logits of a softmax: use "
+                "log_softmax before it, or pass logits=, a function of module and batch that gives logits and targets."
+            )
+
+
+def given_scores(result: Any) -> Scores:
+    """What a function `logits=` of the user's returned: logits, or logits and targets.
+
+    Args:
+        result: Logits [..., K], of which K = 1 is a sigmoid's; or a pair of these and targets: class indices [...],
+            probabilities [..., K], for a sigmoid [...] or [..., 1]. Targets of -100 do not count.
+
+    Raises:
+        CannotReplayError: If it is something else.
+    """
+    logits, targets = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
+    whole = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 0
+    if not whole or not (targets is None or isinstance(targets, Tensor)):
+        kinds = ", ".join(type(each).__name__ for each in (logits, targets))
+        raise CannotReplayError(
+            f"the function logits= returned {kinds} and must return logits, a float tensor with the classes in its "
+            "last dimension, or a pair of logits and targets."
+        )
+    one = logits.shape[-1] == 1
+    if targets is not None:
+        indices = targets.shape == logits.shape[:-1] and (one or not targets.is_floating_point())
+        if not indices and (targets.shape != logits.shape or not (one or targets.is_floating_point())):
+            raise CannotReplayError(
+                f"the function logits= returned targets of shape {tuple(targets.shape)} and {targets.dtype} for logits "
+                f"of shape {tuple(logits.shape)}: they must be class indices, or probabilities in the logits' shape."
+            )
+    if one:
+        logits = logits.squeeze(-1)
+        if targets is not None:
+            targets = targets.reshape(logits.shape).to(logits.dtype)
+        return Scores("sigmoid", logits, targets, {}, logits._version)
+    logits = _finite(logits)
+    return Scores("softmax", logits, targets, {}, logits._version)

@@ -1,0 +1,152 @@
+"""Steps that go far beyond the radius of the softmax loss, while the loss does not fall."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from dynwatch.rules import tags
+from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
+from dynwatch.trends import RunMeans, mann_kendall
+
+
+class LargeSteps(Rule):
+    r"""The optimizer's steps are far longer than the step radius, reading after reading, and the loss does not fall.
+
+    It looks at `step_radius/r`, the length of a step over the radius ρ of the Taylor series of the softmax loss along
+    it (arXiv 2603.13552; bound B1 of `dynwatch.step_radius`). Being above 1 is a risk and no fault: a longer step can
+    still be a good one. So it fires at a reading only when
+
+    * the last `patience` readings, each at most twice as long after the one before as usual, lay above `margin`;
+    * the losses do not fall over the later half of the readings that have lain above it in a row, or over the last
+      `patience` of them or over 50 losses if that is longer: their means in up to 64 blocks have a Mann-Kendall z of
+      -0.5 or more. It waits for 50 losses; where none at all has come since the first of these readings, they alone
+      decide.
+
+    So the stretch grows with the row, until it shows also a fall that is slow in its noise; and z must be near 0 or
+    above, because a fall that a short stretch cannot prove is none of its business. By default it warns.
+    `action="stop"` ends runs that might have got through: r tells nothing of where a step leads.
+
+    Args:
+        patience: Readings above the margin in a row before it fires, 2 or more.
+        margin: The r above which a reading counts, 1 or more. The default lies above all of 3234 readings in 72
+            healthy runs of small networks (99 % of them below 1.3); larger networks may hold more and be well.
+        action: What is done about its verdict.
+
+    Raises:
+        ValueError: For an argument out of bounds.
+
+    Example:
+        >>> rule = LargeSteps()
+        >>> for step in range(300):
+        ...     readings = {"stop/loss": 2.3 + 0.1 * (step % 3)}
+        ...     if step % 50 == 49:
+        ...         readings["step_radius/r"] = 12.0
+        ...     verdict = rule.update(step, readings, {})
+        ...     if verdict:
+        ...         break
+        >>> verdict.step
+        149
+        >>> verdict.advice.split(";")[0]
+        'Divide the learning rate by 3 at least, which brings such a step below 4, or by 12 for steps of one radius'
+    """
+
+    name = "large_steps"
+    reads = (tags.STEP, tags.LOSS)
+    needs = (tags.STEP,)
+    kept = ("_row", "_losses", "_steps")
+    _FALLS, _BLOCKS, _LEAST = -0.5, 64, 50
+
+    def __init__(self, patience: int = 3, margin: float = 4.0, action: Action = "warn") -> None:
+        self.patience = check_count("patience", patience, least=2)
+        self.margin = check_number("margin", margin, least=1, remedy="a step within the radius is no risk")
+        self.action = check_action(action)
+        self._row = Row()
+        self._losses = RunMeans(self._BLOCKS)  # losses since the row's first reading
+        self._steps = Recent(tags.STEP)
+
+    def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
+        loss = readings.get(tags.LOSS, math.nan)
+        if self._row.length and math.isfinite(loss):
+            self._losses.add(loss)
+        r = readings.get(tags.STEP, math.nan)
+        if not math.isfinite(r):
+            return None
+        self._steps.add(step, r)
+        if self._row.add(step, r > self.margin) <= 1:
+            self._losses = RunMeans(self._BLOCKS)
+        if self._row.length < self.patience:
+            return None
+        words = self._loss_words()
+        if words is None:
+            return None
+        usual = median([value for _, value in list(self._steps)[-self.patience :]])
+        return self.verdict(
+            step,
+            f"The step is {r:.3g} times as long as the radius within which the softmax loss can be trusted to its "
+            f"Taylor series at step {step}, above {self.margin:g} at {self._row.length} readings in a row, {words}.",
+            f"Divide the learning rate by {usual / self.margin:.2g} at least, which brings such a step below "
+            f"{self.margin:g}, or by {usual:.2g} for steps of one radius; or warm it up for longer, clip the gradient "
+            "(Trainer(gradient_clip_val=1.0); with Adam it shortens few steps), or let StepRadiusController cap the "
+            "steps.",
+            self._steps,
+        )
+
+    def _loss_words(self) -> str | None:
+        """That the losses do not fall, or that there are none; None if they fall or are too few to tell."""
+        if not len(self._losses):
+            return "and there was no loss to tell whether it falls all the same"
+        blocks, length = self._losses.blocks, self._losses.block_length
+        share = max(0.5, (self.patience - 1) / (self._row.length - 1))
+        late = blocks[-max(round(share * len(blocks)), math.ceil(self._LEAST / length)) :]
+        if len(late) * length < self._LEAST or mann_kendall(late) < self._FALLS:
+            return None
+        third = len(late) // 3
+        first, last = median(late[:third]), median(late[-third:])
+        return f"and the last {len(late) * length} losses do not fall: they went from {first:.4g} to {last:.4g}"
+
+
+class Row:
+    """How many sparse readings in a row have met a condition; one that comes late begins a new row.
+
+    A reading is late if it comes more than twice as long after the last one as usual: as the median of the last
+    8 distances, or as the last one if that is larger.
+
+    Example:
+        >>> row = Row()
+        >>> [row.add(step, met) for step, met in [(0, True), (50, True), (100, False), (150, True), (200, True)]]
+        [1, 2, 0, 1, 2]
+        >>> row.add(301, True)
+        1
+    """
+
+    _STALE = 2.0
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._last: int | None = None  # step of the last reading
+        self._gaps: deque[int] = deque(maxlen=8)  # steps from one reading to the next
+
+    def add(self, step: int, met: bool) -> int:
+        """Take in a reading; the length of the row that it ends."""
+        if self._last is not None:
+            gap = step - self._last
+            if self._gaps and gap > self._STALE * max(median(self._gaps), self._gaps[-1]):
+                self.length = 0
+            if gap > 0:
+                self._gaps.append(gap)
+        self._last = step
+        self.length = self.length + 1 if met else 0
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as primitives."""
+        return {"length": self.length, "last": self._last, "gaps": list(self._gaps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.length, self._last = state["length"], state["last"]
+        self._gaps = deque(state["gaps"], maxlen=self._gaps.maxlen)
