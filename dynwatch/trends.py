@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -179,3 +180,46 @@ def _middle(ordered: Sequence[float]) -> float:
         return math.nan
     half = n // 2
     return ordered[half] if n % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+class Row:
+    """How many sparse readings in a row have met a condition; one that comes late begins a new row.
+
+    A reading is late if it comes more than twice as long after the last one as usual: as the median of the last
+    8 distances, or as the last one if that is larger.
+
+    Example:
+        >>> row = Row()
+        >>> [row.add(step, met) for step, met in [(0, True), (50, True), (100, False), (150, True), (200, True)]]
+        [1, 2, 0, 1, 2]
+        >>> row.add(301, True)
+        1
+    """
+
+    _STALE = 2.0
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._last: int | None = None  # step of the last reading
+        self._gaps: deque[int] = deque(maxlen=8)  # steps from one reading to the next
+
+    def add(self, step: int, met: bool) -> int:
+        """Take in a reading; the length of the row that it ends."""
+        if self._last is not None:
+            gap = step - self._last
+            if self._gaps and gap > self._STALE * max(median(self._gaps), self._gaps[-1]):
+                self.length = 0
+            if gap > 0:
+                self._gaps.append(gap)
+        self._last = step
+        self.length = self.length + 1 if met else 0
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as primitives."""
+        return {"length": self.length, "last": self._last, "gaps": list(self._gaps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.length, self._last = state["length"], state["last"]
+        self._gaps = deque(state["gaps"], maxlen=self._gaps.maxlen)

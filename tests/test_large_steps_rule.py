@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynwatch.rules import LargeSteps, Outcome, Rulebook, Verdict, default_rules, replay_readings
-from dynwatch.rules.large_steps import Row
+from dynwatch.trends import Row
 
 LOSS, STEP = "stop/loss", "step_radius/r"
 STEPS = 600

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor
+from dynwatch.callbacks import ActivationMonitor, DynWatch, EarlyTermination, GradientNormMonitor, StepRadiusMonitor
 from dynwatch.rules import Rule
 
 # One step: its number, its readings, and what is known of them in words.
@@ -111,6 +111,7 @@ def train(kind: Kind, seed: int, folder: Path) -> Recorded:
         stop,
         report=False,
         activations=ActivationMonitor(every_n_steps=10),
+        step_radius=StepRadiusMonitor(every_n_steps=10),
     )
     defaults: dict[str, Any] = {
         "accelerator": "cpu",

@@ -12,7 +12,7 @@ from dynwatch.rules import tags
 from dynwatch.rules.base import Action, Recent, Rule, Verdict, check_action, check_count, check_number
 from dynwatch.rules.critical_lr import EDGE, CriticalRate
 from dynwatch.rules.overfitting import spread_of_steps
-from dynwatch.trends import RunMeans, mann_kendall
+from dynwatch.trends import Row, RunMeans, mann_kendall
 
 
 class Sharpness(Rule):
@@ -60,16 +60,14 @@ class Sharpness(Rule):
     name = "sharpness"
     reads = (tags.SHARPNESS_RATIO, tags.LOSS, tags.CRITICAL_LR, tags.LR)
     needs = (tags.SHARPNESS_RATIO, tags.LOSS)
-    kept = ("_last", "_gaps", "_count", "_losses", "_ratios", "_critical")
-    _STALE, _TREND, _NOISE, _RISE = 2.0, 2.33, 3.0, 0.1
+    kept = ("_row", "_losses", "_ratios", "_critical")
+    _TREND, _NOISE, _RISE = 2.33, 3.0, 0.1
 
     def __init__(self, patience: int = 3, margin: float = EDGE, action: Action = "warn") -> None:
         self.patience = check_count("patience", patience, least=2)
         self.margin = check_number("margin", margin, least=1, remedy="healthy runs hover about 1")
         self.action = check_action(action)
-        self._last: int | None = None  # step of the last reading
-        self._gaps: deque[int] = deque(maxlen=8)  # steps from one reading to the next
-        self._count = 0  # readings above the margin in a row
+        self._row = Row()  # of readings above the margin
         self._losses = LossesSince(patience - 1)  # the losses since the present reading are none yet
         self._ratios = Recent(tags.SHARPNESS_RATIO)
         self._critical = CriticalRate(patience)
@@ -77,18 +75,16 @@ class Sharpness(Rule):
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
         self._critical.take(step, readings)
         loss = readings.get(tags.LOSS, math.nan)
-        if self._count and math.isfinite(loss):
+        if self._row.length and math.isfinite(loss):
             self._losses.add(loss)
         ratio = readings.get(tags.SHARPNESS_RATIO, math.nan)
         if not math.isfinite(ratio):
             return None
         self._ratios.add(step, ratio)
-        if self._is_late(step) or not ratio > self.margin:
-            self._count = 0
+        if self._row.add(step, ratio > self.margin) <= 1:
             self._losses.clear()
-        if not ratio > self.margin:
+        if not self._row.length:
             return None
-        self._count += 1
         rise, since = self._rise() if self._losses.enough else None, self._losses.first
         self._losses.begin(step)
         if rise is None:
@@ -97,23 +93,12 @@ class Sharpness(Rule):
         return self.verdict(
             step,
             f"The sharpness is {ratio:.3g} times what the optimizer bears at its learning rate at step {step}, above "
-            f"{self.margin:g} at {self._count} readings in a row, and the loss has risen from {rise[0]:.4g} to "
+            f"{self.margin:g} at {self._row.length} readings in a row, and the loss has risen from {rise[0]:.4g} to "
             f"{rise[1]:.4g} since step {since}.",
             f"{remedy}A longer warm-up lets the network find flatter places first, and a clipped gradient "
             "(Trainer(gradient_clip_val=1.0)) bounds the steps.",
             self._ratios,
         )
-
-    def _is_late(self, step: int) -> bool:
-        """Note a reading; whether it comes so long after the last one that those before are stale."""
-        late = False
-        if self._last is not None:
-            gap = step - self._last
-            late = bool(self._gaps) and gap > self._STALE * max(median(self._gaps), self._gaps[-1])
-            if gap > 0:
-                self._gaps.append(gap)
-        self._last = step
-        return late
 
     def _rise(self) -> tuple[float, float] | None:
         """From where to where the loss has risen; None if it has not."""
