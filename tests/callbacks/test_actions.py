@@ -326,7 +326,7 @@ def test_a_rule_that_raises_is_off_alone(tmp_path: Path, caplog: pytest.LogCaptu
     assert told[0] == ("The rule clumsy is off for the rest of this run, because it raised ZeroDivisionError: by hand.")
     assert [message.split(" (")[0] for message in told[1:]] == ["dynwatch ends this run"]
     assert run.global_step == 10 and watch.verdict.rule == "non_finite"
-    assert [monitor.off for monitor in watch.monitors] == [None] * 4
+    assert not any(monitor.off for monitor in watch.monitors)
 
 
 def test_a_rule_that_raised_is_asked_again_in_the_next_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

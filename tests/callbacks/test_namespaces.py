@@ -131,6 +131,17 @@ trainer:
             method: exact
             storage: bfloat16
             batch_sizes: [4, 1024]
+        step_radius:
+          class_path: dynwatch.callbacks.StepRadiusMonitor
+          init_args:
+            every_n_steps: 2
+            b2: true
+            method: reverse
+        controller:
+          class_path: dynwatch.callbacks.StepRadiusController
+          init_args:
+            r_max: .inf
+            lr_jump: 10
         stop:
           class_path: dynwatch.callbacks.EarlyTermination
           init_args:
@@ -150,7 +161,9 @@ trainer:
     )
     cli = build(pl, tmp_path, f"--config={config}")
     watch = the_watch(cli)
-    gradients, _, hessian, stop = watch.monitors
+    controller, gradients, _, hessian, radius, stop = watch.monitors
+    assert (controller.r_max, controller.lr_jump, controller.every_n_steps) == (float("inf"), 10, 1)
+    assert (radius.every_n_steps, radius.b2, radius._look.method) == (2, True, "reverse")
     assert isinstance(gradients, GradientNormMonitor) and isinstance(stop, EarlyTermination)
     assert (gradients.every_n_steps, gradients.norm_type, gradients.layers) == (3, float("inf"), ["net"])
     assert isinstance(hessian, HessianMonitor)

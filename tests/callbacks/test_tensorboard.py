@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor
+from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, StepRadiusMonitor
 from dynwatch.callbacks.panels import Chart, layout
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         for name, bad_at in (("good", None), ("poor", 5)):
             torch.manual_seed(0)
             hessian = HessianMonitor(every_n_steps=2, full_every_n_readings=1)
-            watch = DynWatch(GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1), hessian=hessian)
+            gradients = GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1)
+            watch = DynWatch(gradients, hessian=hessian, step_radius=StepRadiusMonitor(every_n_steps=1))
             logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
             trainer = runs.trainer(folder, [watch], logger=logger, gradient_clip_val=1.0, max_epochs=5)
             trainer.fit(runs.Classifier(bad_at=bad_at), runs.data())
@@ -115,6 +116,11 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
             "Errors",
             "Hessian-vector products of a reading",
         ],
+        "dynwatch · step radius": [
+            "Normalised step r (risk above 1, alarm above 4)",
+            "Change of the loss in a step, predicted and actual",
+            "Radius and length of the step",
+        ],
         "dynwatch · run": [
             "Loss, and the limit above which it diverges",
             "Share of the run's time spent in dynwatch",
@@ -127,6 +133,8 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
     [
         "Gradient norm, before and after clipping",
         "Gradient norm by layer",
+        "Normalised step r (risk above 1, alarm above 4)",
+        "Change of the loss in a step, predicted and actual",
         "Update-to-weight ratio by layer",
         "Loss, and the limit above which it diverges",
         "Learning rate and momentum for the spectrum",
@@ -174,19 +182,23 @@ def test_printed_link_opens_tensorboard_with_our_cards_pinned(seen: Seen, page: 
     """The link from the terminal, with the port of this TensorBoard, shows our main cards in the pinned section."""
     page.goto(seen.link.replace("http://localhost:6006", seen.address))
     pinned = page.locator("metrics-pinned-view")
-    main = ("grad_norm/total", "grad_norm/clip_fraction", "hessian/sharpness_ratio", "hessian/lambda_max", "stop/loss")
+    curvature = ("hessian/sharpness_ratio", "hessian/lambda_max")
+    main = ("grad_norm/total", "grad_norm/clip_fraction", *curvature, "step_radius/r", "stop/loss")
     for tag in main:
         pinned.locator("card-view", has_text=tag).wait_for()
     assert pinned.locator("card-view").count() == len(main)
 
 
 def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page) -> None:
-    """The Text tab names the rule, the step and the poor run, and has nothing on the good one."""
+    """The Text tab names the rule, the step and the poor run; of the good one it has what bounds its steps."""
     page.goto(f"{seen.address}/#text")
     loader = page.locator("tf-text-loader")
     loader.get_by_text("non_finite at step 5").wait_for()
-    assert loader.count() == 1
-    loader.get_by_text("poor", exact=True).wait_for()
+    verdict = loader.filter(has_text="non_finite")
+    assert verdict.count() == 1
+    verdict.get_by_text("poor", exact=True).wait_for()
+    binding = loader.filter(has_text="bound by sample").filter(has=page.get_by_text("good", exact=True))
+    binding.get_by_text(re.compile(r"step \d+: r = .*, target \d")).first.wait_for()
 
 
 def test_a_margin_chart_draws_a_curve_in_a_band(chromium: str, page: Page, tmp_path: Path) -> None:
