@@ -30,7 +30,7 @@ PUBLIC = [
     if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module and not name.startswith("_")
 ]
 # What a module may import when one of its functions is called.
-LATER = {"dynwatch.rules.old_logs": {"tensorboard", "rich"}}
+LATER = {"dynwatch.rules.old_logs": {"tensorboard", "rich"}, "dynwatch.pathways": {"rapidfuzz"}}
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -45,8 +45,8 @@ def test_the_engine_is_all_there() -> None:
 
 
 def test_importing_the_engine_loads_no_framework(tmp_path: Path) -> None:
-    """dynwatch and all engine modules leave Lightning, TensorBoard and Rich alone."""
-    heavy = ["lightning", "pytorch_lightning", "lightning_fabric", "tensorboard", "rich", "torchmetrics"]
+    """dynwatch and all engine modules leave Lightning, TensorBoard, Rich and rapidfuzz alone."""
+    heavy = ["lightning", "pytorch_lightning", "lightning_fabric", "tensorboard", "rich", "torchmetrics", "rapidfuzz"]
     code = f"import sys, {', '.join(['dynwatch', *ENGINE])}; print([m for m in {heavy} if m in sys.modules])"
     found = python(code, tmp_path)
     assert (found.stdout.strip(), found.returncode) == ("[]", 0), found.stderr
@@ -56,7 +56,8 @@ def test_importing_the_engine_loads_no_framework(tmp_path: Path) -> None:
 def test_the_engine_imports_torch_numpy_and_the_standard_library_only(module: str) -> None:
     """No import statement of an engine module, at any depth of the file, names anything else.
 
-    Except in the functions of `old_logs`, which read TensorBoard's files and draw a table when they are called.
+    Except in the functions of `old_logs`, which read TensorBoard's files and draw a table when they are called, and of
+    `pathways`, which compare sequences with rapidfuzz.
     """
     allowed = {"torch", "numpy", "dynwatch", *sys.stdlib_module_names}
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
