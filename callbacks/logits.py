@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ class Scores:
         options: Arguments of the loss that its value depends on.
         version: Of the logits when the loss saw them.
         call: Which of the step's cross entropies it was, from 0.
+        value: What the cross entropy gave; None if only logits are known.
+        reduction: "mean", "sum" or "none", by which it gave that.
+        share: [as the value] the derivative of the step's own loss by it, so its weight in it; None if unknown.
     """
 
     kind: Literal["softmax", "sigmoid"]
@@ -47,6 +51,9 @@ class Scores:
     options: Mapping[str, Any] = field(default_factory=dict)
     version: int = 0
     call: int = 0
+    value: Tensor | None = None
+    reduction: str = "mean"
+    share: Tensor | None = None
 
     @property
     def samples(self) -> torch.Size:
@@ -55,39 +62,55 @@ class Scores:
 
     def counted(self) -> Tensor | None:
         """Which samples the loss counts, [...] of bool; None for all."""
+        masks = []
         weight: Tensor | None = self.options.get("weight")
-        targets = self.targets
         if self.kind == "sigmoid":
-            return None if weight is None else (weight != 0).expand(self.samples)
-        if targets is None or targets.is_floating_point():
-            return None
-        counted: Tensor = targets != self.options.get("ignore_index", -100)
-        if weight is not None:
-            counted = counted & (weight != 0)[targets.clamp(0, len(weight) - 1)]
-        return counted
+            if weight is not None:
+                masks.append((weight != 0).expand(self.samples))
+        elif self.targets is not None and self.targets.is_floating_point():
+            masks.append((self.targets != 0).any(-1))
+        elif self.targets is not None:
+            masks.append(self.targets != self.options.get("ignore_index", -100))
+            if weight is not None:
+                masks.append((weight != 0)[self.targets.clamp(0, len(weight) - 1)])
+        if self.reduction == "none" and self.share is not None and self.share.shape == self.samples:
+            masks.append(self.share != 0)  # masked by the step itself
+        return functools.reduce(torch.logical_and, masks) if masks else None
 
 
 class LogitsWatch(TorchFunctionMode):
-    """Notes the logits of every cross entropy that is computed where gradients are on.
+    """Notes the logits of every cross entropy of two classes or more that is computed where gradients are on.
 
     It sees `cross_entropy`, `nll_loss`, `binary_cross_entropy_with_logits` and `linear_cross_entropy` of
     `torch.nn.functional` and the modules that call them.
 
     Attributes:
         scores: One a call, in order.
+
+    Args:
+        cut: Give the step the values of the cross entropies as leaves of a graph of their own, where its parameters
+            ask for none: so that it shows which weight each has in the step's loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cut: bool = False) -> None:
         super().__init__()
         self.scores: list[Scores] = []
+        self._cut = cut
+        self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         known = func in _SOFTMAX or func is functional.binary_cross_entropy_with_logits
-        if (known or (func is _LINEAR_CROSS_ENTROPY and func is not None)) and torch.is_grad_enabled():
-            self.scores.append(replace(_scores(func, args, kwargs), call=len(self.scores)))
-        return result
+        if not (known or (func is _LINEAR_CROSS_ENTROPY and func is not None)) or not torch.is_grad_enabled():
+            return result
+        scores = _scores(func, args, kwargs)
+        self._calls += 1
+        if scores.kind == "softmax" and scores.logits.shape[-1] < 2:  # a constant
+            return result
+        value = result.detach().requires_grad_() if self._cut else result
+        self.scores.append(replace(scores, call=self._calls - 1, value=value))
+        return value.clone() if self._cut else result  # not the leaf itself, which must not be changed in place
 
     def check_unchanged(self) -> None:
         """Refuse logits that were written to after their loss was computed."""
@@ -98,6 +121,30 @@ class LogitsWatch(TorchFunctionMode):
             )
 
 
+def with_shares(result: Any, scores: list[Scores]) -> list[Scores]:
+    """Those cross entropies that a step's loss depends on, with their weights in it.
+
+    Args:
+        result: What the step returned.
+        scores: Of its cross entropies, whose values have a graph to it.
+    """
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not scores:
+        return scores
+    if not loss.requires_grad:
+        return []
+    values = [s.value for s in scores if s.value is not None and s.value.requires_grad]
+    if not values:
+        return []
+    shares = iter(torch.autograd.grad(loss.reshape(()), values, allow_unused=True, retain_graph=True))
+    found = []
+    for s in scores:
+        share = next(shares) if s.value is not None and s.value.requires_grad else None
+        if share is not None and s.value is not None:
+            found.append(replace(s, share=share.detach(), value=s.value.detach()))
+    return found
+
+
 def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
     given = inspect.signature(func).bind(*args, **kwargs)
     given.apply_defaults()
@@ -105,7 +152,7 @@ def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
     logits, targets = values["input"], values["target"]
     if func is functional.binary_cross_entropy_with_logits:
         options = {name: values[name] for name in ("weight", "pos_weight") if values[name] is not None}
-        return Scores("sigmoid", logits, targets, options, logits._version)
+        return Scores("sigmoid", logits, targets, options, logits._version, reduction=_reduction(values))
     if func is _LINEAR_CROSS_ENTROPY:
         logits = _linear(logits, values["linear_weight"], values["linear_bias"])
     if logits.dim() > 2:
@@ -115,7 +162,13 @@ def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
         _check_normalized(logits)
     options = {n: values[n] for n in ("weight", "ignore_index", "label_smoothing") if values.get(n) is not None}
     logits = _finite(logits)
-    return Scores("softmax", logits, targets, options, logits._version)
+    return Scores("softmax", logits, targets, options, logits._version, reduction=_reduction(values))
+
+
+def _reduction(values: Mapping[str, Any]) -> str:
+    if values.get("reduce") is False:
+        return "none"
+    return "sum" if values.get("size_average") is False else str(values["reduction"])
 
 
 def _finite(logits: Tensor) -> Tensor:

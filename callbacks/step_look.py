@@ -16,7 +16,7 @@ from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.replay import Replay, SkippedBatchError
 from dynwatch.callbacks.step_reading import look, over_ranks, skipped, unknown
-from dynwatch.callbacks.tangents import Logits, Method, Way, choose
+from dynwatch.callbacks.tangents import Logits, Method, NoLogitsError, Way, choose
 from dynwatch.callbacks.weight_update import WeightUpdate
 from dynwatch.rules.base import check_count
 
@@ -61,13 +61,13 @@ class StepLook:
             )
         return gradients_out_of_reach(trainer) or ""
 
-    def keep(self, batch: Any, batch_idx: int) -> None:
-        """Copy the samples to look at, before the training step may change them."""
+    def keep(self, batch: Any, batch_idx: int, copy: bool = True) -> None:
+        """Keep the samples to look at, by default a copy: the training step may change them."""
         samples, kept = samples_in(batch), batch
         if samples is not None:
             with contextlib.suppress(Exception):  # a kind that cannot be cut is used whole, which the replay tells
                 kept = part(batch, samples, 0, self.max_samples)
-        self._batch, self._batch_idx = cloned(kept), batch_idx
+        self._batch, self._batch_idx = cloned(kept) if copy else kept, batch_idx
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Copy what an optimizer is about to change; False if that is done."""
@@ -105,8 +105,12 @@ class StepLook:
                 own = look(logits, step, way, b2=b2, losses=losses)
         except SkippedBatchError:
             own = skipped(device)
+        except NoLogitsError as error:
+            if self.way is None:
+                failure = error
+            own = skipped(device)  # on this batch, after others had some
         except Exception as error:
-            failure = error
+            failure, own = error, unknown(device)
         if failure is not None and ranks == 1:
             raise failure
         values = over_ranks(own, ranks)

@@ -83,6 +83,7 @@ class StepRadiusMonitor(Monitor):
         max_overhead: float = 0.01,
     ) -> None:
         super().__init__(_USUAL if every_n_steps is None else every_n_steps)
+        self.level = logging.WARNING  # of the message that a run has nothing to measure
         self.b2 = b2
         self._budget = Budget(max_overhead) if every_n_steps is None else None
         self._taken = 0  # readings
@@ -114,7 +115,7 @@ class StepRadiusMonitor(Monitor):
 
     def _tell(self, trainer: Trainer) -> None:
         if Stream.of(trainer).unavailable(R, self._reason):
-            log.warning("StepRadiusMonitor measures nothing in this run: %s.", self._reason)
+            log.log(self.level, "StepRadiusMonitor measures nothing in this run: %s.", self._reason)
 
     def is_due(self, trainer: Trainer) -> bool:
         if self._reason or not super().is_due(trainer):

@@ -30,13 +30,15 @@ CAPPED = "step_radius/capped_steps"
 class StepRadiusController(Monitor):
     """Caps the optimizer's actual update: θ ← θ_before + min(1, r_max / r) · (θ_after - θ_before).
 
+    A step that is not finite is taken back whole.
+
     r = τ/ρ is the step's length over the radius of the softmax on the batch's samples (see `StepRadiusMonitor`; on
     several ranks that of all their samples). The optimizer's own state is left as it is. This is the one callback of
     dynwatch that changes a run, and only on the steps that it caps. Put it before other callbacks that look at updates.
 
     It looks at each `every_n_steps`-th step. Between these it looks at a step
 
-    * whose learning rate is more than `lr_jump` times that of the step before, and
+    * at which the learning rate of any group is more than `lr_jump` times the lowest since the last look, and
     * after one that would have had r above `alert`, until one has not.
 
     A step that is looked at costs about four forward passes of its samples, and waits for the device.
@@ -53,8 +55,9 @@ class StepRadiusController(Monitor):
     Args:
         r_max: The largest r that a step may have; inf looks but never caps.
         every_n_steps: Cadence, in optimizer steps; 1 looks at all.
-        lr_jump: A learning rate that rises by more than this factor from one step to the next is looked at; None looks
-            at the cadence alone.
+        lr_jump: A learning rate that has risen by more than this factor, at once or little by little, is looked at;
+            None looks at the cadence alone. Where only this may call for a look, the batch is not copied: a training
+            step that changes its batch in place is then seen with the changed one.
         alert: An r above which the steps that follow are looked at, too; None takes `r_max`.
         max_samples: The most samples of the batch to use, on each rank.
         method: How derivatives of logits are taken; see `StepRadiusMonitor`.
@@ -96,7 +99,7 @@ class StepRadiusController(Monitor):
         self._reason = ""
         self._alarmed = False  # by the last step that was looked at
         self._told = False  # that it cannot tell
-        self._rates: dict[int, float] = {}  # learning rate of the last step, by the optimizer's position
+        self._rates: dict[int, list[float]] = {}  # lowest learning rates since the last look, by optimizer
 
     def charts(self) -> Sequence[Chart]:
         if self._reason:
@@ -124,23 +127,25 @@ class StepRadiusController(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # On every step, because a learning rate may jump as late as in the training step itself.
         if not self._reason:
-            self._look.keep(batch, batch_idx)
+            self._look.keep(batch, batch_idx, copy=self._alarmed or self.is_due(trainer))
 
     def measure_gradients(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._reason:
             return
-        jumped = self._jumped(trainer, optimizer)
-        if (jumped or self._alarmed or self.is_due(trainer)) and self._look.before_step(optimizer):
+        if self._wants_to_look(trainer, optimizer) and self._look.before_step(optimizer):
             self._after.add(optimizer, functools.partial(self._guarded_cap, trainer, pl_module))
 
-    def _jumped(self, trainer: Trainer, optimizer: Optimizer) -> bool:
-        """Whether the largest learning rate of an optimizer has risen by more than `lr_jump` since its last step."""
+    def _wants_to_look(self, trainer: Trainer, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's next step is due, or a rate has risen by more than `lr_jump` since the last look."""
         owners = [getattr(each, "optimizer", each) for each in trainer.optimizers]
         position = next((i for i, each in enumerate(owners) if each is optimizer), -1)
-        rate = max(float(group["lr"]) for group in optimizer.param_groups)
-        before = self._rates.get(position)
-        self._rates[position] = rate
-        return self.lr_jump is not None and before is not None and rate > self.lr_jump * before
+        # None in optimizers that find their own rate.
+        rates = [math.inf if g.get("lr") is None else float(g["lr"]) for g in optimizer.param_groups]
+        pairs = list(zip(rates, self._rates.get(position, rates), strict=False))
+        jumped = self.lr_jump is not None and any(now > self.lr_jump * before for now, before in pairs)
+        looks = jumped or self._alarmed or self.is_due(trainer)
+        self._rates[position] = rates if looks or len(pairs) != len(rates) else [min(pair) for pair in pairs]
+        return looks
 
     def _guarded_cap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.guarded(trainer, self._cap, trainer, pl_module)
@@ -148,28 +153,25 @@ class StepRadiusController(Monitor):
     def _cap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Right after an optimizer's step."""
         try:
-            values, _, whole = self._look.take(trainer, pl_module, losses=False)
+            values, length, whole = self._look.take(trainer, pl_module, losses=False)
             stream, step = Stream.of(trainer), Stream.step(trainer)
             if whole:
                 stream.remarks["step_radius max_samples"] = f"{whole}; all of it is used"
             if self._look.way is not None:
                 stream.remarks["step_radius/method"] = str(self._look.way)
             r = float(values[0])
-            if r == -math.inf:  # the step skipped its batch
+            finite = math.isfinite(float(length))
+            if finite and r == -math.inf:  # the step skipped its batch, or the loss counts none of the samples
+                self._cannot_tell(step, "none of the samples that were looked at counts in its loss")
                 return
             self._alarmed = not r <= self.alert
             readings = {WANTED: r}
-            if r > self.r_max:
-                readings[SCALE] = share = self.r_max / r
+            if r > self.r_max or (not finite and self.r_max < math.inf):
+                readings[SCALE] = share = self.r_max / r if finite else 0.0
                 self._look.update.scale_back(share)
                 self.capped_steps += 1
-            elif math.isnan(r) and not self._told:  # once: a model that has blown up stays so
-                self._told = True
-                log.warning(
-                    "StepRadiusController cannot tell how long step %d is and leaves it as it is: its r is NaN, as "
-                    "where weights, logits or the update are not finite. It says so once.",
-                    step,
-                )
+            elif math.isnan(r):
+                self._cannot_tell(step, "its r is NaN")
             readings[CAPPED] = self.capped_steps
             stream.emit(self, step, list(readings), torch.tensor(list(readings.values()), dtype=torch.float64))
         except NoLogitsError as error:
@@ -179,6 +181,15 @@ class StepRadiusController(Monitor):
             self._tell(trainer)
         finally:
             self._look.update.release()
+
+    def _cannot_tell(self, step: int, why: str) -> None:
+        if not self._told:
+            log.warning(
+                "StepRadiusController cannot tell how long step %d is, because %s: it is not capped. Said once a run.",
+                step,
+                why,
+            )
+        self._told = True
 
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not trainer.fit_loop._should_accumulate():  # waits still only where the update was skipped
@@ -191,14 +202,14 @@ class StepRadiusController(Monitor):
             "way": self._look.state(),
             "capped_steps": self.capped_steps,
             "alarmed": self._alarmed,
-            "rates": {str(position): rate for position, rate in self._rates.items()},
+            "rates": {str(position): list(rates) for position, rates in self._rates.items()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._look.load_state(state["way"])
         self.capped_steps = state["capped_steps"]
         self._alarmed = state["alarmed"]
-        self._rates = {int(position): rate for position, rate in state["rates"].items()}
+        self._rates = {int(position): list(rates) for position, rates in state["rates"].items()}
 
     def release(self) -> None:
         self._look.release()

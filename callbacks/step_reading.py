@@ -68,6 +68,8 @@ def _normalized(found: Sequence[Along], bound: Bound, step: Step) -> tuple[Tenso
     bindings = [_binding(along, bound) for along in found]
     radii = torch.stack([binding.radius for binding in bindings])
     inverse = 1.0 / (radii * step.scale.to(radii))  # tangents are along the step times scale
+    counts = torch.stack([binding.index for binding in bindings]) >= 0
+    inverse = inverse.masked_fill(~counts, -math.inf)  # of a loss that counts no sample nothing is known
     best = inverse.argmax()  # NaN counts as the largest
     where = torch.stack([_where(along.scores, binding.index) for along, binding in zip(found, bindings, strict=True)])
     return inverse[best], list(where[best].to(inverse))
@@ -109,15 +111,13 @@ def _losses(logits: Logits, found: Sequence[Along], step: Step) -> tuple[Tensor,
     whole = torch.stack([torch.zeros_like(step.scale), 1 / step.scale]).to(device, wide)
     predicted = torch.stack([_change(along.scores, along.tangent, whole) for along in found]).sum()
     now = {name: local_part(p.detach()) for name, p in logits.replay.parameters.items()}
-    after = {scores.call: scores.logits.detach() for scores in logits.at(now)}
+    after = {scores.call: scores for scores in logits.at(now, shares=False)}
     changes = []
     for along in found:
-        before, new = along.scores.logits.to(wide), after.get(along.scores.call)
-        if new is None or new.shape != before.shape:  # a step that takes another way at other weights
+        before, new = along.scores, after.get(along.scores.call)
+        if new is None or new.logits.shape != before.logits.shape:  # a step that takes another way at other weights
             return predicted, nothing, weight
-        changes.append(
-            _change(along.scores, new.to(wide) - before, torch.tensor([0.0, 1.0], dtype=wide, device=device))
-        )
+        changes.append(_actual(before, new))
     return predicted, torch.stack(changes).sum(), weight
 
 
@@ -128,13 +128,53 @@ def _count(scores: Scores, dtype: torch.dtype) -> Tensor:
     return counted.sum().to(dtype)
 
 
+def _actual(before: Scores, after: Scores) -> Tensor:
+    """By how much a cross entropy changed the step's loss."""
+    wide = widest_float(before.logits.device)
+    if before.share is None or before.value is None or after.value is None:
+        change = after.logits.detach().to(before.logits.dtype) - before.logits
+        return _change(before, change, torch.tensor([0.0, 1.0], dtype=wide, device=before.logits.device))
+    return (before.share.to(wide) * (after.value.detach().to(wide) - before.value.to(wide))).sum()
+
+
 def _change(scores: Scores, tangent: Tensor, lengths: Tensor) -> Tensor:
-    """Of the mean loss, from the first to the second length along a tangent."""
-    if scores.targets is None:
+    """By how much the step's loss is to change through a cross entropy, from the first to the second length."""
+    targets, options, share = scores.targets, dict(scores.options), scores.share
+    if targets is None:
         raise ValueError("targets are unknown")  # cannot be: asked before
-    loss = predicted_loss if scores.kind == "softmax" else predicted_loss_sigmoid
-    at = loss(scores.logits, tangent, scores.targets, lengths, **scores.options)
-    return at[1] - at[0]
+    wide = widest_float(scores.logits.device)
+    factor = torch.ones((), dtype=wide, device=scores.logits.device)
+    if scores.kind == "sigmoid":
+        if share is not None and scores.reduction == "none":
+            options["weight"] = share if "weight" not in options else share * options["weight"]
+        elif share is not None:
+            factor = share.to(wide)
+        if scores.reduction != "mean" and share is not None:
+            factor = factor * math.prod(scores.samples)
+        at = predicted_loss_sigmoid(scores.logits, tangent, targets, lengths, **options)
+        return factor * (at[1] - at[0])
+    if share is not None:
+        counted = scores.counted()
+        if scores.reduction == "none" and counted is not None and not targets.is_floating_point():
+            targets = targets.masked_fill(~counted, options.get("ignore_index", -100))
+        factor = share.to(wide) if scores.reduction != "none" else _mean_of(share.to(wide), counted)
+        if scores.reduction != "mean":
+            factor = factor * _mass(scores, targets)
+    at = predicted_loss(scores.logits, tangent, targets, lengths, **options)
+    return factor * (at[1] - at[0])
+
+
+def _mean_of(share: Tensor, counted: Tensor | None) -> Tensor:
+    return share.mean() if counted is None else share[counted].mean()
+
+
+def _mass(scores: Scores, targets: Tensor) -> Tensor | int:
+    """What a sum over samples is divided by in a mean."""
+    if targets.is_floating_point():
+        return math.prod(scores.samples)
+    counted = targets != scores.options.get("ignore_index", -100)
+    weight: Tensor | None = scores.options.get("weight")
+    return counted.sum() if weight is None else weight[targets.masked_fill(~counted, 0)][counted].sum()
 
 
 def over_ranks(own: Tensor, ranks: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dynwatch.callbacks.curvature import is_out_of_memory
-from dynwatch.callbacks.logits import WATCHED, LogitsWatch, Scores, given_scores
+from dynwatch.callbacks.logits import WATCHED, LogitsWatch, Scores, given_scores, with_shares
 from dynwatch.callbacks.replay import Replay, SkippedBatchError
 from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.constants import widest_float
@@ -84,17 +84,23 @@ class Logits:
         self.replay = replay
         self.given = given
 
-    def at(self, parameters: Weights) -> list[Scores]:
-        """What each cross entropy gets at these parameters (of this rank's shards under FSDP2)."""
+    def at(self, parameters: Weights, *, cut: bool = False, shares: bool = True) -> list[Scores]:
+        """What each cross entropy gets at these parameters (of this rank's shards under FSDP2).
+
+        Args:
+            parameters: By name.
+            cut: Whether the parameters ask for no graph, so that one begins at the cross entropies.
+            shares: Whether to look what weight each has in the step's loss, and to leave out those that have none.
+        """
         if self.given:
             return [given_scores(self.replay.run(parameters))]
-        watch = LogitsWatch()
+        watch = LogitsWatch(cut)
         with watch:
             result = self.replay.run(parameters)
         if result is None and not watch.scores:
             raise SkippedBatchError("training_step returned None, which skips the batch, so that it has no loss.")
         watch.check_unchanged()
-        return watch.scores
+        return with_shares(result, watch.scores) if shares else watch.scores
 
 
 def tangents(logits: Logits, start: Weights, direction: Weights, way: Way) -> list[Along]:
@@ -124,7 +130,7 @@ def _forward(logits: Logits, start: Weights, direction: Weights, way: Way) -> li
             for name, value in start.items()
         }
         found = []
-        for scores in _some(logits.at(duals), logits.given):
+        for scores in _some(logits.at(duals, cut=True), logits.given):
             primal, tangent = forward_ad.unpack_dual(scores.logits)  # type: ignore[no-untyped-call]
             primal = primal.detach()
             tangent = torch.zeros_like(primal) if tangent is None else tangent.detach()
@@ -158,29 +164,28 @@ def _reverse(logits: Logits, start: Weights, direction: Weights, way: Way) -> li
 
 
 def _differences(logits: Logits, start: Weights, direction: Weights, way: Way) -> list[Along]:
-    def at(t: float) -> list[Scores]:
+    def at(t: float) -> dict[int, Tensor]:
         with torch.no_grad():
             moved = {name: value.detach() for name, value in start.items()}
-            if t:
-                moved |= {name: moved[name] + t * by for name, by in direction.items()}
-            else:  # with a graph, which tells what is detached: differences see that change as well
-                moved = {name: value.requires_grad_() for name, value in moved.items()}
-        return logits.at(moved)
+            moved |= {name: moved[name] + t * by for name, by in direction.items()}
+        return {s.call: s.logits.detach() for s in logits.at(moved, shares=False)}
 
-    here = [(replace(s, logits=s.logits.detach()), s.logits.requires_grad) for s in at(0.0)]
+    # With a graph, which tells what is detached: differences see that change as well.
+    leaves = {name: value.detach().requires_grad_() for name, value in start.items()}
+    here = _some([s for s in logits.at(leaves) if s.logits.requires_grad], logits.given)
+    here = [replace(s, logits=s.logits.detach()) for s in here]
     after, before = at(way.step), at(-way.step)
-    if not len(here) == len(after) == len(before):
-        raise CannotReplayError(
-            f"training_step computed {len(here)} cross entropies, and {len(after)} and {len(before)} at weights a "
-            "little away, so that its logits cannot be compared. Pass logits= (a function of module and batch)."
-        )
     found = []
-    for (scores, depends), high, low in zip(here, after, before, strict=True):
-        if depends:
-            wide = widest_float(scores.logits.device)
-            change = (high.logits.detach().to(wide) - low.logits.detach().to(wide)) / (2 * way.step)
-            found.append(Along(scores, change))
-    return _some(found, logits.given)
+    for scores in here:
+        high, low = after.get(scores.call), before.get(scores.call)
+        if high is None or low is None or not high.shape == low.shape == scores.logits.shape:
+            raise CannotReplayError(
+                f"training_step computed {len(here)} cross entropies, and others at weights a little away, so that its "
+                "logits cannot be compared. Pass logits= (a function of module and batch)."
+            )
+        wide = widest_float(scores.logits.device)
+        found.append(Along(scores, (high.to(wide) - low.to(wide)) / (2 * way.step)))
+    return found
 
 
 def _some(found: list[_T], given: bool) -> list[_T]:
@@ -191,9 +196,9 @@ def _some(found: list[_T], given: bool) -> list[_T]:
         )
     if not found:
         raise NoLogitsError(
-            f"training_step computes no {WATCHED} of logits that depend on the parameters, and the step radius is "
-            "that of a softmax or sigmoid. Where the loss is one in other words, pass logits=, a function of module "
-            "and batch that gives logits and targets"
+            f"training_step computes no {WATCHED} of logits that depend on the parameters for its loss, and the step "
+            "radius is that of a softmax or sigmoid. Where the loss is one in other words, pass logits=, a function of "
+            "module and batch that gives logits and targets"
         )
     return found
 
@@ -243,7 +248,9 @@ def choose(logits: Logits, start: Weights, direction: Weights, method: Method = 
             continue
         if _agree(found, expected, differences.step, replay.rounds):
             return way
-        if any(_alike(found, other) for other in others):  # differences are what is wrong: a kink, or rounding
+        # A kink or a rounding makes differences wrong. Where a reentrant checkpoint's input is frozen, both derivatives
+        # lose what is inside, alike and without a word.
+        if any(_alike(found, other) for other in others) and "CheckpointFunction" not in replay.operations:
             return Way("forward")
         others.append(found)
         reasons[kind] = f"{kind} mode misses a part of the model, as differences show"

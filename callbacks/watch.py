@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,10 @@ class DynWatch(Callback):
         if hessian:
             self.monitors.append(default_hessian if hessian is True else hessian)
         if step_radius:
-            own_share = max_overhead / 5  # what is left goes to curvature
-            self.monitors.append(StepRadiusMonitor(max_overhead=own_share) if step_radius is True else step_radius)
+            if step_radius is True:
+                step_radius = StepRadiusMonitor(max_overhead=max_overhead / 5)  # what is left goes to curvature
+                step_radius.level = logging.INFO  # nobody asked for it; the summary says so
+            self.monitors.append(step_radius)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured

@@ -86,7 +86,7 @@ COUNTED = {
     "batch": [True, True, True, True, False, True],
     "one sample": True,
     "tokens": [[True, True, True], [True, False, True]],
-    "probabilities": None,
+    "probabilities": [True] * 6,
     "another ignored": [True, False, True, True, True, False],
     "weights": [True, True, False, True, False, True],
     "all": [[True, True, False], [True, False, True]],
@@ -95,7 +95,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("kind", COUNTED)
 def test_samples_that_count(kind: str) -> None:
-    """Those that are not ignored and whose class has a weight; all where targets are probabilities."""
+    """Those that are not ignored and whose class has a weight; of probabilities those that are not all zero."""
     shape, targets, options = SOFTMAX[kind]
     counted = one(lambda: F.cross_entropy(normal(*shape).detach() * 0, targets, **options)).counted()
     assert (None if counted is None else counted.tolist()) == COUNTED[kind]
@@ -300,9 +300,9 @@ def test_given_logits() -> None:
         assert scores.kind == "softmax" and scores.logits is z and scores.samples == (2, 3)
         assert targets == "soft" or scores.targets is targets
         counted = scores.counted()
-        assert (counted is None) == (targets is not y)
+        assert (counted is None) == (targets is None)
         if counted is not None:
-            assert torch.equal(counted, y != -100)
+            assert torch.equal(counted, y != -100) if targets is y else bool(counted.all())
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])

@@ -189,19 +189,19 @@ def looked_at(found: dict[str, Any]) -> list[int]:
 
 
 def test_the_cadence_and_the_jump(tmp_path: Path) -> None:
-    """Between the steps of the cadence it looks where the rate rises by more than the factor."""
+    """Between the steps of the cadence it looks where the rate has risen by more than the factor since a look."""
     calm: dict[str, Any] = {"every_n_steps": 4, "alert": 1e9, "r_max": math.inf}
     rates = [0.1, 0.2, 0.21, 0.1, 0.25, 0.3]
-    for jump, wanted in ((None, [3]), (2.0, [3, 4]), (1.5, [1, 3, 4]), (1.1, [1, 3, 4, 5])):
+    for jump, wanted in ((None, [3]), (2.0, [2, 3, 4]), (1.5, [1, 3, 4]), (1.1, [1, 3, 4, 5])):
         torch.manual_seed(0)
         controller = StepRadiusController(lr_jump=jump, **calm)
         assert looked_at(fit(Spikes(rates), tmp_path / str(jump), controller)) == wanted
 
 
 def test_a_rate_that_was_zero(tmp_path: Path) -> None:
-    """A warm-up from nothing is a jump, once."""
+    """A warm-up from nothing is a jump, and then each time that it has risen by the factor."""
     controller = StepRadiusController(every_n_steps=100, alert=1e9)
-    assert looked_at(fit(Spikes([0.0, 0.01, 0.015, 0.02, 0.025, 0.03]), tmp_path, controller)) == [1]
+    assert looked_at(fit(Spikes([0.0, 0.01, 0.015, 0.02, 0.025, 0.03]), tmp_path, controller)) == [1, 4]
 
 
 def test_the_alert(tmp_path: Path) -> None:
@@ -417,20 +417,23 @@ def test_a_failure_in_the_middle_of_a_cap(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_loss_of_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """r is NaN and nothing is capped; that is said once, not at each step."""
+    """Steps that are not finite are taken back whole, so that the weights stay as they were."""
 
     def bad(model: Any, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(model.net(x), y) * (math.nan if model.trainer.global_step >= 2 else 1.0)
 
-    controller = StepRadiusController()
-    found = fit(Model(mlp(), bad), tmp_path, controller)
-    assert controller.off is None
-    assert [math.isnan(value) for value in dict_of(found, WANTED).values()] == [False] * 2 + [True] * 4
-    assert SCALE not in found
-    said = [r.getMessage() for r in caplog.records if "cannot tell" in r.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith(
-        "StepRadiusController cannot tell how long step 2 is and leaves it as it is: its r is NaN"
+    for r_max, finite in ((1.0, True), (math.inf, False)):
+        controller, model = StepRadiusController(r_max=r_max), Model(mlp(), bad)
+        found = fit(model, tmp_path / str(r_max), controller)
+        assert controller.off is None
+        assert [math.isnan(value) for value in dict_of(found, WANTED).values()] == [False] * 2 + [True] * 4
+        assert all(bool(p.isfinite().all()) for p in model.parameters()) == finite
+        assert controller.capped_steps == (4 if finite else 0)
+        if finite:
+            assert dict_of(found, SCALE) == dict.fromkeys((2, 3, 4, 5), 0.0)
+    (said,) = [r.getMessage() for r in caplog.records if "cannot tell" in r.getMessage()]
+    assert said.startswith(
+        "StepRadiusController cannot tell how long step 2 is, because its r is NaN: it is not capped"
     )
 
 
@@ -490,7 +493,7 @@ def test_the_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path / "first", [first], max_epochs=2)
     run.fit(model, loader)
     run.save_checkpoint(tmp_path / "half.ckpt")
-    assert first.capped_steps == 1 and first._rates == {0: 0.01}
+    assert first.capped_steps == 1 and first._rates == {0: [0.01]}
     second, model = controller(), Spikes(rates)
     trainer(tmp_path / "second", [second], max_epochs=3).fit(model, loader, ckpt_path=str(tmp_path / "half.ckpt"))
     assert second.capped_steps == 2 and second._look.way == whole._look.way
@@ -538,3 +541,57 @@ def test_arguments_out_of_bounds(arguments: dict[str, Any], message: str) -> Non
     """The error names the argument, its value and its bound, where it is given."""
     with pytest.raises(ValueError, match=re.escape(message)):
         StepRadiusController(**arguments)
+
+
+def test_rates_of_all_groups(tmp_path: Path) -> None:
+    """A group whose rate jumps is seen below one with a higher rate, a slow ramp too, and a rate of None is none."""
+    looks = {"low": [3], "ramp": [2, 4], "none": []}
+    for kind, wanted in looks.items():
+        rates = {
+            "low": [(1.0, 1e-4)] * 3 + [(1.0, 0.9)] * 3,
+            "ramp": [(0.01 * 1.9**i, 0.01) for i in range(6)],
+            "none": [(0.01, None)] * 6,
+        }[kind]
+
+        class Groups(Model):
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                for group, rate in zip(
+                    self.optimizers().param_groups, self.rates[self.trainer.global_step], strict=True
+                ):
+                    group["lr"] = rate
+
+            def configure_optimizers(self) -> Any:
+                first, *others = self.net.parameters()
+                return Nothing([{"params": [first]}, {"params": others}], {"lr": 0.01})
+
+        controller = StepRadiusController(every_n_steps=100, alert=math.inf)
+        model = Groups(mlp())
+        model.rates = rates
+        found = fit(model, tmp_path / kind, controller)
+        assert looked_at(found) == wanted if wanted else WANTED not in found
+        assert controller.off is None and controller.failure is None
+
+
+class Nothing(torch.optim.Optimizer):
+    """Moves the weights a little, whatever the rate."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(1e-3 * p.grad)
+        return loss
+
+
+def test_a_batch_of_which_nothing_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is known of such a step: it is not said to be short, and that it was not judged is told once."""
+
+    def ignoring(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        late = model.trainer.global_step >= 2
+        return cross_entropy(model.net(x), y * 0 - 100 if late else y, reduction="sum")
+
+    controller = StepRadiusController(max_samples=4)
+    assert looked_at(fit(Model(mlp(), ignoring), tmp_path, controller)) == [0, 1]
+    (said,) = [r.getMessage() for r in caplog.records if "cannot tell" in r.getMessage()]
+    assert "none of the samples that were looked at counts" in said

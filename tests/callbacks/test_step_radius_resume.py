@@ -32,7 +32,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "killed" / "checkpoints").iterdir()
     saved = torch.load(checkpoint, weights_only=True)
     (own,) = (state["own"] for key, state in saved["callbacks"].items() if "Controller" in key)
-    assert own["capped_steps"] == 1 and own["rates"] == {"0": 0.1} and own["way"][0] == "forward"
+    assert own["capped_steps"] == 1 and own["rates"] == {"0": [0.1]} and own["way"][0] == "forward"
     whole = train(tmp_path, "unbroken", killed=False)
     resumed = train(tmp_path, "resumed", killed=False, checkpoint=checkpoint)
     assert resumed.capped_steps == whole.capped_steps >= len(JUMPS)
