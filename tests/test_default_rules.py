@@ -172,8 +172,8 @@ def curved(ratio: float, losses: list[float]) -> list[dict[str, float]]:
 
 
 def striding(r: float, losses: list[float]) -> list[dict[str, float]]:
-    """Losses, with the normalised step at every fifth of them."""
-    return [{LOSS: loss, **({STEP: r} if i % 5 == 0 else {})} for i, loss in enumerate(losses)]
+    """Losses, with the normalised step at every fiftieth of them."""
+    return [{LOSS: loss, **({STEP: r} if i % 50 == 0 else {})} for i, loss in enumerate(losses)]
 
 
 POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
@@ -197,7 +197,7 @@ POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     ),
     "large_steps": (
         striding(3.0, [2.0 + 0.1 * (i % 3) for i in range(60)]),
-        striding(9.0, [2.0 + 0.1 * (i % 3) for i in range(300)]),
+        striding(9.0, [2.0 + 0.1 * (i % 3) for i in range(400)]),
     ),
     "sharpness": (curved(1.1, [2.0 - i / 40 for i in range(60)]), curved(2.1, [0.5 * 1.02**i for i in range(150)])),
 }

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynwatch import step_radius_scan
 from dynwatch.step_radius import batch_radius, radius_b1, radius_b1m, radius_b2, radius_pi
 from dynwatch.step_radius_scan import TOLERANCE, log_odds, scan_rows
 
@@ -131,6 +132,73 @@ def test_the_scan_ends_on_hard_inputs(size: float, scale: float) -> None:
     assert (found >= radius_b1m(z, a * size)).all()
     assert found.isfinite().all()
     torch.testing.assert_close(found * size, radius_b2(z, a), rtol=1e-6, atol=0)
+
+
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each look at some intervals adds how many they are."""
+    found, inner = [], step_radius_scan._moments
+
+    def counting(logits: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+        found.append(len(logits))
+        return inner(logits, slopes)
+
+    monkeypatch.setattr(step_radius_scan, "_moments", counting)
+    return found
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e2, 1e8, 1e12, 1e16, 1e30])
+def test_the_work_is_bounded_for_huge_logits(
+    classes: int, size: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few dozen evaluations a row, a bound in order with the others, and below the zero of two classes."""
+    z, a = draw(4, 20, classes, scale)
+    z[0], a[0] = scale * torch.linspace(1, -1, classes), torch.linspace(0, 1, classes)
+    a = a / (a.amax(1, keepdim=True) - a.amin(1, keepdim=True)) * size
+    counts = evaluations(monkeypatch)
+    found = scan_rows(z, a)
+    assert sum(counts) <= 20 * 100
+    assert found.isfinite().all()
+    assert (found >= radius_b1m(z, a) * (1 - 1e-9)).all()
+    if classes == 2:
+        truth = torch.hypot(z[:, 0] - z[:, 1], torch.full_like(z[:, 0], math.pi)) / (a[:, 0] - a[:, 1]).abs()
+        assert (found <= truth * EXACT).all()
+        assert (found >= truth * (1 - 3 * TOLERANCE)).all()
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_row_has_its_share_of_evaluations(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two level classes that move almost alike are costly: the work stays bounded and the bound below the zero."""
+    far = 1e3 / gap
+    z, a = torch.tensor([[0.0, 0.0, -far]], dtype=torch.float64), torch.tensor([[0.0, gap, 1.0]], dtype=torch.float64)
+    counts = evaluations(monkeypatch)
+    found = scan_rows(z, a).item()
+    assert sum(counts) <= 4 * step_radius_scan._HALVINGS + 4
+    assert math.pi <= found <= math.pi / gap * EXACT
+    monkeypatch.setattr(step_radius_scan, "_HALVINGS", 5)
+    before = sum(counts)
+    early = scan_rows(z, a).item()
+    assert math.pi <= early <= math.pi / gap * EXACT and early < found
+    assert sum(counts) - before <= 24
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e160, 1e300])
+def test_squares_that_overflow_do_not_lift_the_bound(scale: float) -> None:
+    """Where the square of a distance is beyond the floats, the bound is still there and below the zero."""
+    z, a = torch.tensor([[scale, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    assert scale * (1 - 1e-9) <= scan_rows(z, a).item() <= scale * EXACT
+
+
+def test_a_class_on_top_at_both_ends_rules_out_what_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The top class loses very slowly to the next: one look at each end of the way is enough, not one each unit."""
+    z = torch.tensor([[0.0, -1.0, -1e6, -1e6]], dtype=torch.float64)
+    a = torch.tensor([[0.5, 0.5 + 1e-4, 0.0, 1.0]], dtype=torch.float64)
+    counts = evaluations(monkeypatch)
+    # Classes 0 and 1 alone have the zero (1 + πi) / 1e-4; the others are below exp(-1e5) there.
+    truth = math.hypot(1.0, math.pi) / 1e-4
+    assert truth * (1 - 3 * TOLERANCE) <= scan_rows(z, a).item() <= truth * EXACT
+    assert sum(counts) <= 400
 
 
 def test_a_ceiling_only_cuts_refinement() -> None:

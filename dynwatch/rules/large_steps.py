@@ -20,10 +20,12 @@ class LargeSteps(Rule):
 
     * the last `patience` readings, each at most twice as long after the one before as usual, lay above `margin`;
     * the losses do not fall over the later half of the readings that have lain above it in a row, or over the last
-      `patience` of them or over 50 losses if that is longer: their means in up to 64 blocks have a Mann-Kendall z of
-      -0.5 or more. It waits for 50 losses; where none at all has come since the first of these readings, they alone
+      `patience` of them or over 200 losses if that is longer: their means in up to 64 blocks have a Mann-Kendall z of
+      -0.5 or more. It waits for 200 losses; where none at all has come since the first of these readings, they alone
       decide.
 
+    A row whose losses fall is tested again only when it is `patience` times a power of two long: of forty looks at a
+    slow fall one would find it hidden by its noise. One whose losses do not is tested at every reading from then on.
     So the stretch grows with the row, until it shows also a fall that is slow in its noise; and z must be near 0 or
     above, because a fall that a short stretch cannot prove is none of its business. By default it warns.
     `action="stop"` ends runs that might have got through: r tells nothing of where a step leads.
@@ -47,7 +49,7 @@ class LargeSteps(Rule):
         ...     if verdict:
         ...         break
         >>> verdict.step
-        149
+        249
         >>> verdict.advice.split(";")[0]
         'Divide the learning rate by 3 at least, which brings such a step below 4, or by 12 for steps of one radius'
     """
@@ -55,8 +57,8 @@ class LargeSteps(Rule):
     name = "large_steps"
     reads = (tags.STEP, tags.LOSS)
     needs = (tags.STEP,)
-    kept = ("_row", "_losses", "_steps")
-    _FALLS, _BLOCKS, _LEAST = -0.5, 64, 50
+    kept = ("_row", "_losses", "_steps", "_due")
+    _FALLS, _BLOCKS, _LEAST = -0.5, 64, 200
 
     def __init__(self, patience: int = 3, margin: float = 4.0, action: Action = "warn") -> None:
         self.patience = check_count("patience", patience, least=2)
@@ -65,6 +67,7 @@ class LargeSteps(Rule):
         self._row = Row()
         self._losses = RunMeans(self._BLOCKS)  # losses since the row's first reading
         self._steps = Recent(tags.STEP)
+        self._due = self.patience  # length of the row at which the losses are tested next
 
     def update(self, step: int, readings: Mapping[str, float], notes: Mapping[str, str]) -> Verdict | None:
         loss = readings.get(tags.LOSS, math.nan)
@@ -75,8 +78,8 @@ class LargeSteps(Rule):
             return None
         self._steps.add(step, r)
         if self._row.add(step, r > self.margin) <= 1:
-            self._losses = RunMeans(self._BLOCKS)
-        if self._row.length < self.patience:
+            self._losses, self._due = RunMeans(self._BLOCKS), self.patience
+        if self._row.length < self._due:
             return None
         words = self._loss_words()
         if words is None:
@@ -100,7 +103,12 @@ class LargeSteps(Rule):
         blocks, length = self._losses.blocks, self._losses.block_length
         share = max(0.5, (self.patience - 1) / (self._row.length - 1))
         late = blocks[-max(round(share * len(blocks)), math.ceil(self._LEAST / length)) :]
-        if len(late) * length < self._LEAST or mann_kendall(late) < self._FALLS:
+        if len(late) * length < self._LEAST:
+            return None
+        if mann_kendall(late) < self._FALLS:
+            # Not at every reading: among many looks at a slow fall one would find it hidden by noise.
+            while self._due <= self._row.length:
+                self._due *= 2
             return None
         third = len(late) // 3
         first, last = median(late[:third]), median(late[-third:])
