@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/installed  ## a healthy and a poor run on real digits, and where to look
 	$(BIN)/python examples/digits.py
 
-test: .venv/installed  ## the whole suite
-	$(BIN)/pytest
+test: .venv/installed  ## the whole suite, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .
