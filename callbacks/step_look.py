@@ -16,6 +16,7 @@ from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.replay import Replay, SkippedBatchError
 from dynwatch.callbacks.step_reading import look, over_ranks, skipped, unknown
+from dynwatch.callbacks.stream import Stream
 from dynwatch.callbacks.tangents import Logits, Method, NoLogitsError, Way, choose
 from dynwatch.callbacks.weight_update import WeightUpdate
 from dynwatch.rules.base import check_count
@@ -75,18 +76,18 @@ class StepLook:
 
     def take(
         self, trainer: Trainer, pl_module: LightningModule, *, b2: bool = False, losses: bool = True
-    ) -> tuple[Tensor, Tensor, str]:
+    ) -> tuple[Tensor, Tensor]:
         """Look at the step from the copied weights to those that are now; all ranks must call it together.
 
         Returns:
-            What `over_ranks` gives; the step's length; and why the whole batch was used, or nothing.
+            What `over_ranks` gives, and the step's length.
 
         Raises:
             Exception: What failed on this rank, when no collective is left; the others get NaN.
         """
         ranks, device = trainer.world_size, pl_module.device
         failure: Exception | None = None
-        own, whole = unknown(device), ""
+        own, remarks = unknown(device), Stream.of(trainer).remarks
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         length = torch.full((), math.nan, dtype=own.dtype, device=device)
         try:
@@ -95,13 +96,15 @@ class StepLook:
             with Replay(
                 trainer, pl_module, self._batch, self._batch_idx, max_samples=self.max_samples, loss=self.logits
             ) as replay:
-                whole = replay.whole
+                if replay.whole:
+                    remarks["step_radius max_samples"] = f"{replay.whole}; all of it is used"
                 logits = Logits(replay, given=self.logits is not None)
                 way = self.way
                 if way is None:
                     way = choose(logits, step.start, step.direction, self.method)
                     # A step that goes nowhere, or to infinity, shows nothing.
                     self.way = way if 0 < float(length) < math.inf else None
+                remarks["step_radius/method"] = str(way)
                 own = look(logits, step, way, b2=b2, losses=losses)
         except SkippedBatchError:
             own = skipped(device)
@@ -116,7 +119,7 @@ class StepLook:
         values = over_ranks(own, ranks)
         if failure is not None:
             raise failure
-        return values, length, whole
+        return values, length
 
     def release(self) -> None:
         """Drop the copies of weights and batch, and the hooks."""

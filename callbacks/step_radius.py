@@ -162,11 +162,7 @@ class StepRadiusMonitor(Monitor):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stream, step = Stream.of(trainer), Stream.step(trainer)
-        values, length, whole = self._look.take(trainer, pl_module, b2=self.b2)
-        if whole:
-            stream.remarks["step_radius max_samples"] = f"{whole}; all of it is used"
-        if self._look.way is not None:
-            stream.remarks["step_radius/method"] = str(self._look.way)
+        values, length = self._look.take(trainer, pl_module, b2=self.b2)
         stream.emit(self, step, (*FIELDS, _RANK, TAU), torch.cat([values, length.to(values).reshape(1)]))
 
     # --- at a flush, on the host

@@ -153,12 +153,8 @@ class StepRadiusController(Monitor):
     def _cap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Right after an optimizer's step."""
         try:
-            values, length, whole = self._look.take(trainer, pl_module, losses=False)
+            values, length = self._look.take(trainer, pl_module, losses=False)
             stream, step = Stream.of(trainer), Stream.step(trainer)
-            if whole:
-                stream.remarks["step_radius max_samples"] = f"{whole}; all of it is used"
-            if self._look.way is not None:
-                stream.remarks["step_radius/method"] = str(self._look.way)
             r = float(values[0])
             finite = math.isfinite(float(length))
             if finite and r == -math.inf:  # the step skipped its batch, or the loss counts none of the samples
