@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -50,6 +51,15 @@ def part(batch: Any, samples: int, start: int, stop: int) -> Any:
         return _rebuild(item, cut)
 
     return cut(batch)
+
+
+def beginning(batch: Any, most: int | None) -> Any:
+    """The first samples of a batch, no more than so many; all of it if that is None or the batch cannot be cut."""
+    samples = samples_in(batch)
+    if samples is not None and most is not None:
+        with contextlib.suppress(Exception):  # which a replay of the whole batch tells
+            return part(batch, samples, 0, most)
+    return batch
 
 
 def cloned(batch: Any) -> Any:

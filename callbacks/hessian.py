@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dynwatch.callbacks import curvature_reading as tags
 from dynwatch.callbacks.base import Monitor, isolated
-from dynwatch.callbacks.batches import cloned, is_small, moved, part, samples_in
+from dynwatch.callbacks.batches import beginning, cloned, is_small, moved, samples_in
 from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.curvature import (
     Method,
@@ -227,13 +227,8 @@ class HessianMonitor(Monitor):
         # Here, because the training step may change a batch that it is given.
         wanted = self._probe is None and not self._reason if self.probe_batch == "first" else self.is_due(trainer)
         if wanted:
-            samples, most = samples_in(batch), self.max_samples
-            self._batch_size = self._batch_size or samples or 0
-            kept = batch
-            if samples is not None and most is not None:
-                with contextlib.suppress(Exception):  # a kind that cannot be cut is used whole, which the replay tells
-                    kept = part(batch, samples, 0, most)
-            self._probe = cloned(kept)
+            self._batch_size = self._batch_size or samples_in(batch) or 0
+            self._probe = cloned(beginning(batch, self.max_samples))
 
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if trainer.fit_loop._should_accumulate():

@@ -133,16 +133,15 @@ def with_shares(result: Any, scores: list[Scores]) -> list[Scores]:
         return scores
     if not loss.requires_grad:
         return []
-    values = [s.value for s in scores if s.value is not None and s.value.requires_grad]
-    if not values:
+    valued = [(s, s.value) for s in scores if s.value is not None and s.value.requires_grad]
+    if not valued:
         return []
-    shares = iter(torch.autograd.grad(loss.reshape(()), values, allow_unused=True, retain_graph=True))
-    found = []
-    for s in scores:
-        share = next(shares) if s.value is not None and s.value.requires_grad else None
-        if share is not None and s.value is not None:
-            found.append(replace(s, share=share.detach(), value=s.value.detach()))
-    return found
+    shares = torch.autograd.grad(loss.reshape(()), [value for _, value in valued], allow_unused=True, retain_graph=True)
+    return [
+        replace(s, share=share.detach(), value=value.detach())
+        for (s, value), share in zip(valued, shares, strict=True)
+        if share is not None
+    ]
 
 
 def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynwatch.callbacks.batches import cloned, part, samples_in
+from dynwatch.callbacks.batches import beginning, cloned
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.optimizer_step import gradients_out_of_reach
 from dynwatch.callbacks.replay import Replay, SkippedBatchError
@@ -64,10 +63,7 @@ class StepLook:
 
     def keep(self, batch: Any, batch_idx: int, copy: bool = True) -> None:
         """Keep the samples to look at, by default a copy: the training step may change them."""
-        samples, kept = samples_in(batch), batch
-        if samples is not None:
-            with contextlib.suppress(Exception):  # a kind that cannot be cut is used whole, which the replay tells
-                kept = part(batch, samples, 0, self.max_samples)
+        kept = beginning(batch, self.max_samples)
         self._batch, self._batch_idx = cloned(kept) if copy else kept, batch_idx
 
     def before_step(self, optimizer: Optimizer) -> bool:
