@@ -38,14 +38,31 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         if torch.backends.cudnn.enabled and any(isinstance(child, nn.RNNBase) for child in module.modules()):
             torch._C._set_cudnn_enabled(False)  # flags() would change the run's other settings, too
             stack.callback(torch._C._set_cudnn_enabled, True)
-        if is_compiled(module) or "torch._dynamo.eval_frame" in sys.modules:  # a function may be compiled as well
-            if hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            elif is_compiled(module):
-                raise CannotReplayError(
-                    f"torch {torch.__version__} cannot run a compiled module eagerly, and compiled ones have no "
-                    "second derivative: update to torch 2.6 or newer."
-                )
+        stack.enter_context(eager(module, "compiled ones have no second derivative"))
+        yield
+
+
+@contextlib.contextmanager
+def eager(module: nn.Module, why: str) -> Iterator[None]:
+    """Nothing compiled: modules and functions run as they are written.
+
+    Args:
+        module: The module that will run.
+        why: What is wrong with running it compiled, for the message.
+
+    Raises:
+        CannotReplayError: If a module is compiled and this torch cannot run it eagerly.
+    """
+    if not is_compiled(module) and "torch._dynamo.eval_frame" not in sys.modules:  # a function may be compiled as well
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    elif is_compiled(module):
+        raise CannotReplayError(
+            f"torch {torch.__version__} cannot run a compiled module eagerly, and {why}: update to torch 2.6 or newer."
+        )
+    else:
         yield
 
 

@@ -15,7 +15,7 @@ from dynwatch.callbacks.differentiable import dense_gradients, twice_differentia
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.sandbox import Sandbox
 from dynwatch.callbacks.snapshot import CannotReplayError
-from dynwatch.ranks import local_part
+from dynwatch.ranks import let_go_of_gathered, local_part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -240,9 +240,7 @@ class Replay:
             try:
                 return self._run(None)
             finally:  # backward, after which FSDP lets go of gathered weights, does not come
-                for child in self._module.modules():
-                    if callable(let_go := getattr(child, "reshard", None)):
-                        let_go()
+                let_go_of_gathered(self._module)
 
     @contextlib.contextmanager
     def _in_place(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -266,9 +264,7 @@ class Replay:
     def _step(self, batch: Any) -> Any:
         if self._loss is not None:
             return self._loss(self._module, batch)
-        epoch_loop = self._trainer.fit_loop.epoch_loop
-        arguments = epoch_loop._build_kwargs(OrderedDict(), batch, self._batch_idx)
-        return self._module.training_step(*arguments.values())
+        return run_training_step(self._trainer, self._module, batch, self._batch_idx)
 
     def _checked(self, result: Any) -> Tensor:
         source = "training_step" if self._loss is None else "the function loss="
@@ -290,6 +286,12 @@ class Replay:
                 f"{source} returned a loss that depends on no parameter: it was detached, or computed under no_grad."
             )
         return result.reshape(())
+
+
+def run_training_step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """Call `training_step` with the arguments that it takes, as Lightning does."""
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+    return pl_module.training_step(*arguments.values())
 
 
 def _scripted(module: nn.Module, parameters: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynwatch.constants import widest_float
 from dynwatch.operators import Operator
@@ -41,6 +41,20 @@ def local_part(tensor: Tensor) -> Tensor:
     """
     share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return share
+
+
+def let_go_of_gathered(module: nn.Module) -> None:
+    """Let FSDP2 drop the weights that a forward pass has gathered, which else waits for a backward pass.
+
+    Args:
+        module: Sharded or not; without shards nothing happens.
+
+    Example:
+        >>> let_go_of_gathered(nn.Linear(2, 2))
+    """
+    for child in module.modules():
+        if callable(let_go := getattr(child, "reshard", None)):
+            let_go()
 
 
 def sum_of_ranks(tensor: Tensor) -> Tensor:
