@@ -1,0 +1,290 @@
+"""Follows the routing decisions of a network as it runs, whatever routers it has.
+
+On the first pass every place that may be a router (`dynwatch.router_search`) is looked at: what goes in and comes out,
+and which operations its block runs on the way to the experts. A place that shows a choice of experts is a router; the
+others are dropped. From then on only what is needed is hooked, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from dynwatch.router_outputs import classify, tensors_by_place
+from dynwatch.router_plan import Plan, decode, make_plan
+from dynwatch.router_search import RouterSite
+from dynwatch.router_watch import OperationWatch
+from dynwatch.routing import Routing, Score
+
+# A user's own way: module, its arguments and its output to what it decided.
+Extract = Callable[[nn.Module, Any, Any], Routing]
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What one router decided in one forward pass.
+
+    Attributes:
+        routing: Experts, probabilities and weights, as far as they can be seen.
+        logits: [N, E] of the router; None if they cannot be seen.
+        leading: The shape of the block's input without its last dimension: [batch, sequence], or [sequence, batch], or
+            [tokens].
+        capacity: Whether an empty slot is a token that was dropped.
+
+    Example:
+        >>> Decision(Routing(torch.tensor([[0]]), 2), None, (1,), False).leading
+        (1,)
+    """
+
+    routing: Routing
+    logits: Tensor | None
+    leading: tuple[int, ...]
+    capacity: bool
+
+
+@dataclass(eq=False)
+class _Call:
+    """What has been seen of one forward pass of one site."""
+
+    n_tokens: int = 0
+    leading: tuple[int, ...] = ()
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    watch: OperationWatch | None = None
+    done: bool = False
+
+
+class RouterCapture:
+    """Hooks on routers, and what they decide.
+
+    Attributes:
+        sites: Candidates before the first pass is over, routers after `settle`.
+        plans: How each router's decisions are read, by its place in `sites`; None while that is not known.
+
+    Args:
+        sites: From `dynwatch.router_search`.
+        deliver: Called with the place of a site in `sites` and its decision, in the forward pass, without a graph.
+        guard: Runs what a hook does: `guard(action, *arguments)`. It may swallow what an action raises.
+        extract: The user's own way to read a router's decision.
+        score: How logits become probabilities; None finds out.
+        top_k: k where it can neither be seen nor told from attributes.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate, self.experts = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        ...     def forward(self, x):
+        ...         weights, chosen = self.gate(x).softmax(-1).topk(2)
+        ...         outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        ...         return (outputs.gather(1, chosen[..., None].expand(-1, -1, 4)) * weights[..., None]).sum(1)
+        >>> from dynwatch.router_search import find_routers
+        >>> block, seen = Block(), []
+        >>> capture = RouterCapture(find_routers(block), lambda at, decision: seen.append(decision.routing))
+        >>> with capture:
+        ...     _ = block(torch.randn(5, 4))
+        >>> capture.settle(), seen[0].indices.shape, seen[0].probabilities.shape
+        ([], torch.Size([5, 2]), torch.Size([5, 3]))
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[RouterSite],
+        deliver: Callable[[int, Decision], None],
+        guard: Callable[..., Any] = lambda action, *arguments: action(*arguments),
+        *,
+        extract: Extract | None = None,
+        score: Score | None = None,
+        top_k: int | None = None,
+    ) -> None:
+        self.sites = list(sites)
+        self.plans: list[Plan | None] = [None] * len(self.sites)
+        self._deliver = deliver
+        self._guard = guard
+        self._extract = extract
+        self._score = score
+        self._top_k = top_k
+        self._handles: list[RemovableHandle] = []
+        self._leaving: dict[int, RemovableHandle] = {}  # at the end of a block's pass
+        self._calls: dict[int, _Call] = {}  # open ones, by site
+        self._open: list[int] = []  # sites whose block is running, the innermost last
+        self._fired: set[int] = set()  # sites that ran
+
+    def settle(self) -> list[RouterSite]:
+        """Drop the sites that have shown no choice of experts, once a pass is over; these are returned.
+
+        One whose name tells and that did not run in this pass (LayerDrop) stays a candidate.
+        """
+        kept = [i for i, site in enumerate(self.sites) if self.reads(i) or (site.telling and i not in self._fired)]
+        dropped = [site for i, site in enumerate(self.sites) if i not in kept]
+        self.sites, self.plans = [self.sites[i] for i in kept], [self.plans[i] for i in kept]
+        self._fired = {kept.index(i) for i in self._fired if i in kept}
+        return dropped
+
+    def reads(self, at: int) -> bool:
+        """Whether the site at a place is known to be a router."""
+        return self.plans[at] is not None or (self._extract is not None and at in self._fired)
+
+    # --- hooks
+
+    def __enter__(self) -> Self:
+        try:
+            for at, (site, plan) in enumerate(zip(self.sites, self.plans, strict=True)):
+                self._attach(at, site, plan)
+        except Exception:
+            self.detach()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    attach = __enter__
+
+    def detach(self) -> None:
+        """Remove all hooks; may be called more than once, also from within a pass, whose end then removes the last."""
+        while self._handles:
+            self._handles.pop().remove()
+        for at in [at for at in self._leaving if at not in self._open]:
+            self._leaving.pop(at).remove()
+        self._calls = {at: call for at, call in self._calls.items() if at in self._open}
+
+    def _attach(self, at: int, site: RouterSite, plan: Plan | None) -> None:
+        if self._extract is not None:
+            if site.router is not None:
+                self._on_forward(site.router, lambda m, args, kw, out: self._extracted(at, m, args, kw, out))
+            return
+        # First and last of a pass, also where it raises; what the user hooks comes inside.
+        self._handles.append(
+            site.block.register_forward_pre_hook(
+                lambda m, args, kwargs: self._run(self._enter, at, args, kwargs), with_kwargs=True, prepend=True
+            )
+        )
+        if site.router is not None and (plan is None or plan.reads("router")):
+            self._on_forward(site.router, lambda m, args, kw, out: self._run(self._routed, at, args, kw, out))
+        if site.experts is not None and (plan is None or plan.reads("experts")):
+            self._handles.append(
+                site.experts.register_forward_pre_hook(
+                    lambda m, args, kwargs: self._run(self._given, at, args, kwargs), with_kwargs=True
+                )
+            )
+        leave = lambda m, args, out: self._left(at)  # noqa: E731 - a hook must return None
+        self._leaving[at] = site.block.register_forward_hook(leave, always_call=True)
+
+    def _on_forward(self, module: nn.Module, hook: Callable[[nn.Module, Any, Any, Any], None]) -> None:
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _run(self, action: Callable[..., None], *arguments: Any) -> None:
+        # Compiled code is left as it is; a part that runs again in backward (checkpointing) has been seen already.
+        if not torch.compiler.is_compiling() and not _in_backward():
+            with torch.no_grad():
+                self._guard(action, *arguments)
+
+    # --- one pass of one site
+
+    def _enter(self, at: int, args: Any, kwargs: Any) -> None:
+        self._fired.add(at)
+        call = self._calls[at] = _Call()
+        call.n_tokens, call.leading = _tokens(args, kwargs)
+        self._open.append(at)
+        plan = self.plans[at]
+        if plan is None or plan.reads("op"):
+            call.watch = OperationWatch(functools.partial(self._operated, at), self.sites[at].n_experts)
+            call.watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def _routed(self, at: int, args: Any, kwargs: Any, output: Any) -> None:
+        self._fired.add(at)
+        call = self._calls.setdefault(at, _Call())
+        n_tokens, leading = _tokens(args, kwargs)
+        if n_tokens:
+            call.n_tokens, call.leading = n_tokens, call.leading or leading
+        self._note(at, "router", output)
+        if at not in self._open:  # the router was called from elsewhere than its block's forward
+            self._finish(at)
+
+    def _given(self, at: int, args: Any, kwargs: Any) -> None:
+        self._note(at, "experts", (*args, *kwargs.values()))
+
+    def _operated(self, at: int, name: str, tensor: Tensor, n_scores: int) -> None:
+        call = self._calls.get(at)
+        # One score for each token and expert; `one_hot` does not tell.
+        fits = call is not None and n_scores in (0, call.n_tokens * self.sites[at].n_experts)
+        if fits and self._open and self._open[-1] == at:
+            self._note(at, f"op.{name}", tensor)
+
+    def _note(self, at: int, source: str, values: Any) -> None:
+        plan, call = self.plans[at], self._calls.get(at)
+        if call is None or call.done:
+            return
+        for place, tensor in tensors_by_place(values, source):
+            if plan is None or place in plan.places:
+                call.seen[place] = tensor.detach()
+        if plan is not None and not plan.reads("op") and all(place in call.seen for place in plan.places):
+            self._finish(at)  # at once: what follows may write to these tensors
+
+    def _left(self, at: int) -> None:
+        if at not in self._open:
+            return
+        # Unguarded: a mode that was entered must be left, whatever has become of the monitor.
+        self._open.remove(at)
+        call = self._calls[at]
+        if call.watch is not None:
+            call.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._run(self._finish, at)
+        self._calls.pop(at, None)
+        if not self._handles and at in self._leaving:  # detached meanwhile
+            self._leaving.pop(at).remove()
+
+    def _finish(self, at: int) -> None:
+        call, site = self._calls.get(at), self.sites[at]
+        if call is None or call.done or not call.n_tokens or not call.seen:
+            return
+        with torch.autocast(next(iter(call.seen.values())).device.type, enabled=False):
+            if self.plans[at] is None:
+                kinds = {
+                    place: "tokens" if place == "op.tokens" else classify(tensor, call.n_tokens, site.n_experts)
+                    for place, tensor in call.seen.items()
+                }
+                plan = make_plan(site, call.n_tokens, call.seen, kinds, self._score, self._top_k)
+                self.plans[at] = plan
+            plan = self.plans[at]
+            if plan is None or any(place not in call.seen for place in plan.places):
+                return
+            call.done = True
+            routing, logits = decode(plan, call.seen, call.n_tokens)
+            self._deliver(at, Decision(routing, logits, call.leading, plan.capacity))
+
+    def _extracted(self, at: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._run(self._extract_and_deliver, at, module, args, kwargs, output)
+
+    def _extract_and_deliver(self, at: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        assert self._extract is not None
+        routing = self._extract(module, args, output)
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"extract= returned {type(routing).__name__} for {self.sites[at].name} and must return a "
+                "dynwatch.routing.Routing."
+            )
+        self._fired.add(at)
+        _, leading = _tokens(args, kwargs)
+        self._deliver(at, Decision(routing, None, leading, capacity=False))
+
+
+def _tokens(args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    """How many tokens a module is given, and in which shape: by the first float tensor of two or more dimensions."""
+    for _, tensor in tensors_by_place((*args, *kwargs.values())):
+        if tensor.is_floating_point() and tensor.dim() >= 2:
+            return tensor.numel() // max(tensor.shape[-1], 1), tuple(tensor.shape[:-1])
+    return 0, ()
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine is running this: a checkpointed part that is computed once more."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
