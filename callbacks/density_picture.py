@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from dynwatch.callbacks.drawing import BLUES, FAINT, INK, PAPER, font
 from dynwatch.spectral_density import SpectralDensity
 
 _WIDTH, _HEIGHT = 840, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 104, 44, 56
 _BAR = 16  # width of the colour bar
-_INK, _FAINT, _PAPER = (40, 40, 40), (170, 170, 170), (255, 255, 255)
-# From light to dark blue, about evenly in lightness; what is white is empty.
-_COLOURS = np.array([(204, 221, 240), (146, 186, 222), (82, 143, 196), (29, 95, 158), (8, 42, 94)], dtype=float)
 # The palest shade. A single eigenvalue's weight is off by about its own size, and is to be seen all the same.
 _FEWEST = 0.1
 # Pixels by which an eigenvalue is broadened, above and below.
@@ -58,7 +55,7 @@ def density_picture(densities: Sequence[tuple[int, SpectralDensity]]) -> Colours
         counts[:, across[i] : across[i + 1]] = _column(height, density.weights * density.dimension, rows)[:, None]
     most = max(float(counts.max()), 10.0)
 
-    image = np.full((_HEIGHT, _WIDTH, 3), _PAPER, dtype=np.uint8)
+    image = np.full((_HEIGHT, _WIDTH, 3), PAPER, dtype=np.uint8)
     image[_TOP : _TOP + rows, _LEFT : _LEFT + columns] = _coloured(counts, most)
     bar = _LEFT + columns + 24
     scale = np.geomspace(most, _FEWEST, rows)
@@ -66,35 +63,35 @@ def density_picture(densities: Sequence[tuple[int, SpectralDensity]]) -> Colours
 
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    small, large = _font(13), _font(15)
+    small, large = font(13), font(15)
     bottom = _TOP + rows - 1
 
-    draw.text((_LEFT, _TOP - 12), "Eigenvalues of the Hessian", fill=_INK, font=large, anchor="ls")
+    draw.text((_LEFT, _TOP - 12), "Eigenvalues of the Hessian", fill=INK, font=large, anchor="ls")
     zero = bottom - (0 - low) / (high - low) * (rows - 1)
     for x in range(_LEFT, _LEFT + columns, 8):
         if _TOP < zero < bottom:
-            draw.line((x, zero, x + 3, zero), fill=_FAINT)
-    draw.rectangle((_LEFT - 1, _TOP - 1, _LEFT + columns, _TOP + rows), outline=_INK)
+            draw.line((x, zero, x + 3, zero), fill=FAINT)
+    draw.rectangle((_LEFT - 1, _TOP - 1, _LEFT + columns, _TOP + rows), outline=INK)
     taken: list[float] = []
     for value in _decades(knee, largest):
         y = bottom - (float(_bent(value, knee)) - low) / (high - low) * (rows - 1)
         if _TOP <= y <= bottom and all(abs(y - other) >= _APART for other in taken):
             taken.append(y)
-            draw.line((_LEFT - 6, y, _LEFT - 1, y), fill=_INK)
-            draw.text((_LEFT - 10, y), _figure(value), fill=_INK, font=small, anchor="rm")
+            draw.line((_LEFT - 6, y, _LEFT - 1, y), fill=INK)
+            draw.text((_LEFT - 10, y), _figure(value), fill=INK, font=small, anchor="rm")
 
     for step in _round_steps(steps[0], steps[-1]):
         at = _LEFT + columns * (step - edges[0]) / (edges[-1] - edges[0])
-        draw.line((at, _TOP + rows, at, _TOP + rows + 5), fill=_INK)
-        draw.text((at, _TOP + rows + 9), f"{step}", fill=_INK, font=small, anchor="ma")
-    draw.text((_LEFT + columns / 2, _HEIGHT - 8), "step", fill=_INK, font=small, anchor="md")
+        draw.line((at, _TOP + rows, at, _TOP + rows + 5), fill=INK)
+        draw.text((at, _TOP + rows + 9), f"{step}", fill=INK, font=small, anchor="ma")
+    draw.text((_LEFT + columns / 2, _HEIGHT - 8), "step", fill=INK, font=small, anchor="md")
 
-    draw.rectangle((bar - 1, _TOP - 1, bar + _BAR, _TOP + rows), outline=_INK)
-    draw.text((_WIDTH - 8, _TOP - 12), "count", fill=_INK, font=small, anchor="rs")
+    draw.rectangle((bar - 1, _TOP - 1, bar + _BAR, _TOP + rows), outline=INK)
+    draw.text((_WIDTH - 8, _TOP - 12), "count", fill=INK, font=small, anchor="rs")
     for exponent in range(math.floor(math.log10(most)) + 1):
         y = bottom - math.log(10**exponent / _FEWEST) / math.log(most / _FEWEST) * (rows - 1)
-        draw.line((bar + _BAR, y, bar + _BAR + 5, y), fill=_INK)
-        draw.text((bar + _BAR + 9, y), _figure(10.0**exponent), fill=_INK, font=small, anchor="lm")
+        draw.line((bar + _BAR, y, bar + _BAR + 5, y), fill=INK)
+        draw.text((bar + _BAR + 9, y), _figure(10.0**exponent), fill=INK, font=small, anchor="lm")
     return np.asarray(picture)
 
 
@@ -109,9 +106,9 @@ def _column(height: Array, count: Array, rows: int) -> Array:
 
 def _coloured(counts: Array, most: float) -> Colours:
     shade = np.log(np.maximum(counts, _FEWEST) / _FEWEST) / math.log(most / _FEWEST)
-    stops = np.linspace(0, 1, len(_COLOURS))
-    colours = np.stack([np.interp(shade, stops, _COLOURS[:, c]) for c in range(3)], axis=-1)
-    colours[counts < _FEWEST / 2] = _PAPER
+    stops = np.linspace(0, 1, len(BLUES))
+    colours = np.stack([np.interp(shade, stops, BLUES[:, c]) for c in range(3)], axis=-1)
+    colours[counts < _FEWEST / 2] = PAPER
     found: Colours = colours.round().astype(np.uint8)
     return found
 
@@ -148,10 +145,3 @@ def _figure(value: float) -> str:
         return f"{value:g}"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"  # with a hyphen: Pillow's own font has no minus sign
-
-
-def _font(size: int) -> Any:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one size
-        return ImageFont.load_default()

@@ -19,6 +19,9 @@ from dynwatch.callbacks.snapshot import CannotReplayError
 # torch 2.13 and later: the last linear layer and its cross entropy in one.
 _LINEAR_CROSS_ENTROPY = getattr(functional, "linear_cross_entropy", None)
 _SOFTMAX = (functional.cross_entropy, functional.nll_loss)
+CROSS_ENTROPIES = frozenset(
+    {*_SOFTMAX, functional.binary_cross_entropy_with_logits, _LINEAR_CROSS_ENTROPY or functional.cross_entropy}
+)
 
 # How far the probabilities given to nll_loss may sum from 1, in the logarithm; half precision is off by hundredths.
 _NORMALIZED = 0.1
@@ -101,10 +104,9 @@ class LogitsWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        known = func in _SOFTMAX or func is functional.binary_cross_entropy_with_logits
-        if not (known or (func is _LINEAR_CROSS_ENTROPY and func is not None)) or not torch.is_grad_enabled():
+        if func not in CROSS_ENTROPIES or not torch.is_grad_enabled():
             return result
-        scores = _scores(func, args, kwargs)
+        scores = scores_of(func, args, kwargs)
         self._calls += 1
         if scores.kind == "softmax" and scores.logits.shape[-1] < 2:  # a constant
             return result
@@ -144,7 +146,8 @@ def with_shares(result: Any, scores: list[Scores]) -> list[Scores]:
     ]
 
 
-def _scores(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
+def scores_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Scores:
+    """What one of `CROSS_ENTROPIES` was given."""
     given = inspect.signature(func).bind(*args, **kwargs)
     given.apply_defaults()
     values = given.arguments

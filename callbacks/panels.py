@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ class Chart:
     Attributes:
         category: The heading under which it stands.
         title: The chart's own title.
-        tags: The scalar tags that it draws. A tag that ends in "/" stands for all tags below it.
-        pinned: Whether the first tag belongs to the main cards of the Time Series tab.
+        tags: The scalar tags that it draws. A tag that ends in "/" stands for all tags below it, and a "*" for any one
+            part of a tag, up to the next "/".
+        pinned: Whether the first tag belongs to the main cards of the Time Series tab; with a "*" its first one, 0.
         margin: Whether it is a curve in a shaded band: `tags` are then three, (value, lower, upper). TensorBoard
             draws it for runs that have all three, at the same steps.
 
@@ -55,7 +57,23 @@ class Chart:
 
 
 def _is_exact(tag: object) -> bool:
-    return isinstance(tag, str) and tag != "" and not tag.endswith("/")
+    return isinstance(tag, str) and tag != "" and not tag.endswith("/") and "*" not in tag
+
+
+def is_group(tag: str) -> bool:
+    """Whether a tag of a chart stands for several."""
+    return tag.endswith("/") or "*" in tag
+
+
+@functools.lru_cache(maxsize=256)
+def tag_pattern(tag: str) -> re.Pattern[str]:
+    """What a tag of a chart stands for, as a regular expression to `match`.
+
+    Example:
+        >>> bool(tag_pattern("moe/layer_*/load").match("moe/layer_3/load"))
+        True
+    """
+    return re.compile(re.escape(tag).replace(r"\*", "[^/]*") + ("" if tag.endswith("/") else "$"))
 
 
 Layout = dict[str, dict[str, list[object]]]
@@ -77,8 +95,7 @@ def layout(charts: Iterable[Chart]) -> Layout:
             inside[chart.title] = ["Margin", list(chart.tags)]
             continue
         # TensorBoard matches from the start of a tag, so an exact tag needs only its end.
-        patterns = [re.escape(tag) + ("" if tag.endswith("/") else "$") for tag in chart.tags]
-        inside[chart.title] = ["Multiline", patterns]
+        inside[chart.title] = ["Multiline", [tag_pattern(tag).pattern for tag in chart.tags]]
     return categories
 
 
@@ -89,6 +106,8 @@ def pinned_link(charts: Iterable[Chart], port: int = 6006) -> str:
         >>> pinned_link([Chart("gradients", "total norm", ("a",), pinned=True)])
         'http://localhost:6006/?pinnedCards=%5B%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22a%22%7D%5D&smoothing=0#timeseries'
     """
-    pins = [{"plugin": "scalars", "tag": chart.tags[0]} for chart in charts if chart.pinned][:MOST_PINS]
+    pins = [{"plugin": "scalars", "tag": chart.tags[0].replace("*", "0")} for chart in charts if chart.pinned][
+        :MOST_PINS
+    ]
     cards = quote(json.dumps(pins, separators=(",", ":")), safe="")
     return f"http://localhost:{port}/?pinnedCards={cards}&smoothing=0#timeseries"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -81,8 +82,14 @@ class ProbePass:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def run(self, batch: Any, batch_idx: int = 0) -> Any:
+    def run(self, batch: Any, batch_idx: int = 0, *watches: AbstractContextManager[Any]) -> Any:
         """Run the step on a copy of a batch, which the step may write to.
+
+        Args:
+            batch: One of `batches`.
+            batch_idx: Its number.
+            watches: Entered around the step alone: what looks at the model (hooks, modes), and what it notes, is then
+                not among the things that are put back.
 
         Returns:
             What the step returned.
@@ -95,7 +102,9 @@ class ProbePass:
             random.seed(_SEED)
         plugin = self._trainer.precision_plugin
         precision = plugin.train_step_context() if self._stage == "train" else plugin.val_step_context()
-        with self._sandbox.muted(), precision, torch.no_grad():
+        with self._sandbox.muted(), precision, torch.no_grad(), contextlib.ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch)
             try:
                 return self._step(cloned(batch), batch_idx)
             finally:  # no backward comes, after which FSDP lets go of gathered weights

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynwatch.callbacks.namespaces import Trainer
-from dynwatch.callbacks.panels import pinned_link
+from dynwatch.callbacks.panels import is_group, pinned_link, tag_pattern
 from dynwatch.callbacks.series import Series
 from dynwatch.callbacks.stream import OVERHEAD, Stream, tensorboard_loggers
 from dynwatch.callbacks.terminal import terminal
@@ -92,18 +92,17 @@ def verdict_lines(verdicts: Sequence[tuple[Action, Verdict]]) -> list[tuple[str,
 def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:
     """One row a tag, but of a group of layers only the lowest and the highest at the end."""
     rows: list[tuple[str, Series]] = []
-    side = {tag for member in stream.members for tag in member.side_tags}
+    side = [tag_pattern(tag) for member in stream.members for tag in member.side_tags]
+    shown = [t for chart in stream.charts() for t in chart.tags if is_group(t)]
     groups: dict[str, list[tuple[str, Series]]] = {}
     for tag, series in stream.series.items():
-        prefix = next(
-            (t for chart in stream.charts() for t in chart.tags if t.endswith("/") and tag.startswith(t)), None
-        )
-        if prefix:
-            groups.setdefault(prefix, []).append((tag, series))
-        elif tag != OVERHEAD and tag not in stream.reasons and tag not in side:
+        group = next((t for t in shown if tag_pattern(t).match(tag)), None)
+        if group:
+            groups.setdefault(group, []).append((tag, series))
+        elif tag != OVERHEAD and tag not in stream.reasons and not any(each.match(tag) for each in side):
             rows.append((tag, series))
-    for group in groups.values():
-        ends = sorted(group, key=lambda row: row[1].last)
+    for members in groups.values():
+        ends = sorted(members, key=lambda row: row[1].last)
         rows += ends if len(ends) <= 2 else [ends[0], ends[-1]]
     return rows
 

@@ -116,6 +116,12 @@ class RouterCapture:
         self._open: list[int] = []  # sites whose block is running, the innermost last
         self._fired: set[int] = set()  # sites that ran
 
+    def twin(self, deliver: Callable[[int, Decision], None]) -> RouterCapture:
+        """Another capture of the same routers, read in the same way, which delivers to somebody else."""
+        other = RouterCapture(self.sites, deliver, extract=self._extract, score=self._score, top_k=self._top_k)
+        other.plans, other._fired = self.plans, self._fired
+        return other
+
     def settle(self) -> list[RouterSite]:
         """Drop the sites that have shown no choice of experts, once a pass is over; these are returned.
 

@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def capacity(self) -> bool:
-        """Whether an empty slot is a token that was dropped."""
-        return self.kind in ("mask", "sparse", "dispatch")
+        """Whether the router emits its choice in a form in which slots are empty where tokens were dropped."""
+        return self.kind in ("mask", "sparse", "dispatch") and not self.choice.startswith("op.")
 
     def __str__(self) -> str:
         how = f"{self.kind} at {self.choice}" if self.choice else f"the {self.top_k} most probable"

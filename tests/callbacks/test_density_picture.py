@@ -98,7 +98,7 @@ def test_the_unit_does_not_matter(scale: float) -> None:
 
 def test_labels_have_only_signs_that_the_font_has() -> None:
     """What Pillow's own font lacks is a box, as U+2212 is; the labels of negative numbers begin with a hyphen."""
-    font = module._font(13)
+    font = module.font(13)
 
     def drawn(sign: str) -> bytes:
         return bytes(font.getmask(sign))

@@ -1,0 +1,113 @@
+"""How experts are used, as pictures: the load of all layers, and which experts are chosen together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dynwatch.callbacks.drawing import BLUES, FAINT, INK, PAPER, font
+from dynwatch.routing import coactivation
+
+Colours = npt.NDArray[np.uint8]
+
+_MARGIN, _TOP, _GAP = 84, 44, 28
+_WIDEST = 900  # pixels of all cells in a row
+# Layers of the picture of pairs, evenly spaced over the model.
+_MOST_SQUARES = 6
+_SQUARE = 220
+_RED = np.array((178, 24, 43), dtype=float)
+
+
+def load_picture(loads: Sequence[Tensor], step: int) -> Colours:
+    """Draw each expert's load, a row a layer: white is none, the middle blue an equal share, red four times that.
+
+    Args:
+        loads: For each layer [E]; an empty one was not seen.
+        step: For the title.
+
+    Returns:
+        [height, width, 3] colours.
+    """
+    most = max(len(load) for load in loads)
+    cell = max(2, min(36, _WIDEST // max(most, 1)))
+    height = max(10, min(28, cell))
+    size = (_MARGIN + most * cell + 150, _TOP + len(loads) * height + 40)
+    picture = Image.new("RGB", (max(size[0], 430), size[1]), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, 12), f"load of experts over an equal share, step {step}", fill=INK, font=font(14))
+    for layer, load in enumerate(loads):
+        y = _TOP + layer * height
+        draw.text((_MARGIN - 8, y + height / 2), f"layer {layer}", fill=INK, font=font(12), anchor="rm")
+        total = float(load.sum()) if len(load) else 0.0
+        for e in range(len(load)):
+            share = float(load[e]) * len(load) / total if total > 0 else math.nan
+            x = _MARGIN + e * cell
+            draw.rectangle((x, y, x + cell - 1, y + height - 1), fill=_of_share(share), outline=FAINT)
+    bottom = _TOP + len(loads) * height + 8
+    draw.text((_MARGIN, bottom), "expert 0", fill=INK, font=font(12))
+    draw.text((_MARGIN + most * cell, bottom), f"{most - 1}", fill=INK, font=font(12), anchor="ra")
+    x = _MARGIN + most * cell + 24
+    for i, share in enumerate((0.0, 0.5, 1.0, 2.0, 4.0)):
+        y = _TOP + i * 16
+        draw.rectangle((x, y, x + 14, y + 12), fill=_of_share(share), outline=FAINT)
+        draw.text((x + 22, y + 6), f"{share:g}" + " or more" * (share == 4), fill=INK, font=font(12), anchor="lm")
+    return np.asarray(picture)
+
+
+def coactivation_picture(pairs: Sequence[tuple[int, Tensor]], step: int) -> Colours:
+    """Draw how often tokens of an expert (row) chose another one (column) too, a square a layer; dark is always.
+
+    Args:
+        pairs: Layers with their [E, E] counts, at least one; of many, six are drawn.
+        step: For the title.
+
+    Returns:
+        [height, width, 3] colours.
+    """
+    count = min(len(pairs), _MOST_SQUARES)
+    drawn = [pairs[round(i * (len(pairs) - 1) / max(count - 1, 1))] for i in range(count)]
+    columns = min(3, count)
+    rows = -(-count // columns)
+    width = max(_GAP + columns * (_SQUARE + _GAP), 430)
+    picture = Image.new("RGB", (width, _TOP + rows * (_SQUARE + 2 * _GAP)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    title = f"share of an expert's tokens (row) that chose another too (column), step {step}"
+    draw.text((_GAP, 12), title, fill=INK, font=font(14 if width > 560 else 11))
+    for i, (layer, together) in enumerate(drawn):
+        x, y = _GAP + i % columns * (_SQUARE + _GAP), _TOP + i // columns * (_SQUARE + 2 * _GAP)
+        draw.text((x, y), f"layer {layer}", fill=INK, font=font(12))
+        shares = coactivation(together).numpy().copy()
+        np.fill_diagonal(shares, np.nan)  # always 1
+        colours = np.array([[_of_part(share) for share in row] for row in shares], dtype=np.uint8)
+        square = Image.fromarray(colours).resize((_SQUARE, _SQUARE), Image.Resampling.NEAREST)
+        picture.paste(square, (x, y + 20))
+        draw.rectangle((x - 1, y + 19, x + _SQUARE, y + 20 + _SQUARE), outline=FAINT)
+    return np.asarray(picture)
+
+
+def _of_share(share: float) -> tuple[int, int, int]:
+    """Blue up to twice an equal share, then towards red."""
+    if not share > 0:
+        return PAPER
+    if share <= 2:
+        return _of_part(share / 2)
+    red = min(math.log2(share / 2), 1.0)
+    return _rounded((1 - red) * BLUES[-1] + red * _RED)
+
+
+def _of_part(part: float) -> tuple[int, int, int]:
+    """A blue for a number from 0 (white) to 1."""
+    if not part > 0:
+        return PAPER
+    at = np.linspace(0, 1, len(BLUES))
+    return _rounded(np.array([np.interp(part, at, BLUES[:, c]) for c in range(3)]))
+
+
+def _rounded(colour: npt.NDArray[np.float64]) -> tuple[int, int, int]:
+    red, green, blue = (round(float(c)) for c in colour)
+    return red, green, blue
