@@ -87,3 +87,9 @@ def is_compiled(module: nn.Module) -> bool:
         type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None or getattr(m, "_compiler_ctx", None)
         for m in module.modules()
     )
+
+
+def compiled_frames() -> int:
+    """How many frames torch.compile has looked at in this process so far; 0 where it has not been used."""
+    counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    return sum(counters["frames"].values()) if "frames" in counters else 0

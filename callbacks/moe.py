@@ -15,7 +15,7 @@ from torch import nn
 from dynwatch.callbacks.base import Monitor, check_cadence, isolated
 from dynwatch.callbacks.batches import cloned
 from dynwatch.callbacks.budget import Budget, wait_for
-from dynwatch.callbacks.differentiable import is_compiled
+from dynwatch.callbacks.differentiable import compiled_frames, is_compiled
 from dynwatch.callbacks.moe_health import RouterCounts, RouterHealth, sum_tags
 from dynwatch.callbacks.moe_panels import charts, write_layers, write_pictures
 from dynwatch.callbacks.moe_pathways import MOE, decoder_names, parts_of
@@ -164,7 +164,7 @@ class MoEPathwayMonitor(Monitor):
         self._decoders: frozenset[str] = frozenset()
         self._sizes: tuple[int, ...] = ()  # experts of each router
         self._settled = self._eager = False
-        self._tries = 0
+        self._tries = self._frames = 0
         self._readings = 0  # of health
         self._counts: dict[str, RouterCounts] = {}  # of this step, by router
         self._top_k: dict[str, int] = {}
@@ -202,18 +202,22 @@ class MoEPathwayMonitor(Monitor):
         )
         self._ranks = trainer.world_size
         self._decoders = decoder_names(self._capture)
-        self._eager = is_compiled(pl_module)
+        runnable = pl_module.automatic_optimization or self.forward is not None
+        # Also where a function may be compiled, which only a step can show.
+        self._eager = is_compiled(pl_module) or ("torch._dynamo.eval_frame" in sys.modules and runnable)
+        self._frames = compiled_frames()
         self._settled, self._tries = False, 0
         self._reader.probe.max_samples = max(self.max_samples // trainer.world_size, 1)
         self._reader.probe.to(pl_module.device)
         self._reader.probe.take_given(pl_module.device)
         if self._budget is not None:
             self._budget.begin(Stream.step(trainer))
-        if not pl_module.automatic_optimization and self.forward is None and self._reader.probe.stage == "train":
+        if not runnable and self._reader.probe.stage == "train":
             self._reader.reason = (
                 "training_step steps the optimizers itself (manual optimization), so the probe cannot be run; pass "
                 "MoEPathwayMonitor(forward=...), a function of module and batch that runs the model"
             )
+            Stream.of(trainer).unavailable(f"{MOE}distance", self._reader.reason)
 
     @isolated
     def on_validation_batch_start(
@@ -259,7 +263,7 @@ class MoEPathwayMonitor(Monitor):
             return
         self._capture.detach()
         if not self._settled:
-            self._settle(trainer)
+            self._settle(trainer, pl_module)
         if trainer.fit_loop._should_accumulate() or self._capture is None:
             return
         if self.is_due(trainer):
@@ -273,9 +277,10 @@ class MoEPathwayMonitor(Monitor):
             clocks = self._budget.clocks(step, stream.elapsed(), self._budget.spent, "look", _GUESS)
             stream.emit(self, step, Budget.TAGS, clocks, mean_over_ranks=True)
 
-    def _settle(self, trainer: Trainer) -> None:
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what has shown itself as a router; after some batches, give up on the rest."""
         assert self._capture is not None
+        self._eager = is_compiled(pl_module) or (self._eager and compiled_frames() > self._frames)
         dropped = self._capture.settle()
         self._tries += 1
         open_ = [at for at in range(len(self._capture.sites)) if not self._capture.reads(at)]
@@ -294,8 +299,6 @@ class MoEPathwayMonitor(Monitor):
                     "of experts: %s. Pass routers= (patterns for names) with top_k= or extract=, or leave it out.",
                     ", ".join(telling[:8]) + " and others" * (len(telling) > 8),
                 )
-        elif not found and not self._eager and "torch._dynamo.eval_frame" in sys.modules:
-            self._eager = True  # perhaps they run inside of a compiled function
 
     def _tell_layers(self, trainer: Trainer) -> None:
         assert self._capture is not None

@@ -11,6 +11,7 @@ from dynwatch.callbacks.base import Monitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
+from dynwatch.callbacks.moe import MoEPathwayMonitor
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.report import print_start, print_summary
 from dynwatch.callbacks.step_radius import StepRadiusMonitor
@@ -25,9 +26,9 @@ class DynWatch(Callback):
     starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
     summary with the key figures, its own cost and the verdict.
 
-    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor` and
-    `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it,
-    as often as the Trainer logs.
+    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor`,
+    `MoEPathwayMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in
+    dynwatch, as the host sees it, as often as the Trainer logs.
 
     Args:
         gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
@@ -44,6 +45,8 @@ class DynWatch(Callback):
             the default one, `False` leaves it out.
         controller: A `StepRadiusController` that caps steps beyond that radius, or `True` for one that looks at every
             step. Off by default: it is the one part of dynwatch that may change a run.
+        moe: Watch mixtures of experts, if the model has any; a `MoEPathwayMonitor` of your own replaces the default
+            one, `False` leaves it out.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -62,6 +65,7 @@ class DynWatch(Callback):
         max_overhead: float = 0.05,
         step_radius: bool | StepRadiusMonitor = True,
         controller: bool | StepRadiusController = False,
+        moe: bool | MoEPathwayMonitor = True,
     ) -> None:
         super().__init__()
         for argument, value, kind in (
@@ -70,6 +74,7 @@ class DynWatch(Callback):
             ("hessian", hessian, HessianMonitor),
             ("step_radius", step_radius, StepRadiusMonitor),
             ("controller", controller, StepRadiusController),
+            ("moe", moe, MoEPathwayMonitor),
             ("stop", stop, EarlyTermination),
         ):
             if not isinstance(value, (bool, kind)):
@@ -91,13 +96,15 @@ class DynWatch(Callback):
                 step_radius = StepRadiusMonitor(max_overhead=max_overhead / 5)  # what is left goes to curvature
                 step_radius.level = logging.INFO  # nobody asked for it; the summary says so
             self.monitors.append(step_radius)
+        if moe:
+            self.monitors.append(MoEPathwayMonitor(max_overhead=max_overhead / 5) if moe is True else moe)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
             raise ValueError(
-                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False) watches "
-                "nothing: turn one on or leave it out."
+                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False, moe=False) "
+                "watches nothing: turn one on or leave it out."
             )
         self.report = report
         if self.early_termination and not report:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
 
 from dynwatch.router_outputs import classify, tensors_by_place
 from dynwatch.router_plan import Plan, decode, make_plan
@@ -139,7 +138,7 @@ class RouterCapture:
 
     # --- hooks
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Any:
         try:
             for at, (site, plan) in enumerate(zip(self.sites, self.plans, strict=True)):
                 self._attach(at, site, plan)

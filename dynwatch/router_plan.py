@@ -79,6 +79,14 @@ def make_plan(
         kinds: What each of them is.
         score: How logits become probabilities, if the user says so.
         top_k: k, if the user says so.
+
+    Example:
+        >>> import torch
+        >>> gate, block = torch.nn.Linear(4, 3), torch.nn.Module()
+        >>> seen = {"router": torch.randn(2, 3), "op.topk": torch.tensor([[0], [2]])}
+        >>> kinds = {"router": "logits", "op.topk": "indices"}
+        >>> print(make_plan(RouterSite("gate", gate, block, None, 3), 2, seen, kinds, None, None))
+        1 of 3, from indices at op.topk
     """
     choice, kind = _choice(seen, kinds)
     scores = _first(kinds, ("logits",)) or _first(kinds, ("probabilities", "scores"))
@@ -112,6 +120,12 @@ def decode(plan: Plan, seen: Mapping[str, Tensor], n_tokens: int) -> tuple[Routi
         plan: From `make_plan`.
         seen: Tensors by place.
         n_tokens: N.
+
+    Example:
+        >>> import torch
+        >>> plan = Plan(3, 1, "op.topk", "indices", "", "", "given", False)
+        >>> decode(plan, {"op.topk": torch.tensor([[0], [2]])}, 2)[0].indices.tolist()
+        [[0], [2]]
     """
     shape = (n_tokens, plan.n_experts)
     scores = seen[plan.scores].reshape(shape) if plan.scores else None
@@ -232,6 +246,11 @@ def router_weight(site: RouterSite) -> Tensor | None:
 
     Args:
         site: The router.
+
+    Example:
+        >>> import torch
+        >>> router_weight(RouterSite("gate", torch.nn.Linear(4, 3), torch.nn.Module(), None, 3)).shape
+        torch.Size([3, 4])
     """
     weight = site.weight
     if weight is None:

@@ -100,6 +100,11 @@ def chosen_routers(
 
     Raises:
         ValueError: If a pattern is no regular expression or matches nothing, or a module is not in the model.
+
+    Example:
+        >>> model = nn.ModuleDict({"gate": nn.Linear(4, 3), "out": nn.Linear(4, 4)})
+        >>> [(site.name, site.n_experts, site.top_k) for site in chosen_routers(model, ["^gate$"], None, 2)]
+        [('gate', 3, 2)]
     """
     names = {id(module): name for name, module in model.named_modules()}
     known = {id(site.router): site for site in find_routers(model) if site.router is not None}

@@ -34,6 +34,12 @@ class OperationWatch(TorchFunctionMode):
             the experts of which it was made, "scatter" what was scattered into, "softmax" and "sigmoid" what these
             gave; and "tokens" [E, C] where experts choose tokens.
         n_experts: E.
+
+    Example:
+        >>> with OperationWatch(lambda name, tensor, n_scores: print(name, tuple(tensor.shape)), n_experts=3):
+        ...     _ = torch.randn(2, 3).topk(1)
+        topk (2, 1)
+        topk.input (2, 3)
     """
 
     def __init__(self, found: Callable[[str, Tensor, int], None], n_experts: int) -> None:
