@@ -1,13 +1,15 @@
 """A mixture of experts whose router collapses, beside one that stays balanced: what the monitor sees of it.
 
-A small transformer with three mixture layers (8 experts, each byte goes to 2) learns to write Python, byte by byte, from
-the sources of Python's own standard library. Two runs begin with the same weights and see the same text:
+A small transformer with three mixture layers (8 experts, each byte goes to 2) learns to write Python, byte by byte,
+from the sources of Python's own standard library. Two runs begin with the same weights and see the same text:
 
 * healthy: a load balancing loss of 0.02 spreads the bytes over the experts.
 * collapsed: no such loss, and a learning rate for the router that is 500 times too high. Within a few steps each layer
-  sends every byte to the same two experts, and its softmax is too sure of itself to let go of them.
+  sends every byte to one expert, most of them beside the same second one, and its softmax is so sure of itself that no
+  gradient is left to undo it.
 
-The loss alone hardly shows it: both runs learn. `MoEPathwayMonitor` does, and the rule `router_collapse` warns.
+The loss hardly shows it: both runs learn. `MoEPathwayMonitor` does, and the rule `router_collapse` warns. The pathways
+of different texts become the same, too: a distance that falls is no good sign by itself.
 
     python examples/moe_language_model.py [--logdir logs/moe_language_model] [--steps 300] [--seeds 1]
 """
@@ -147,20 +149,20 @@ class Row:
     effective: Sequence[float]  # experts, by layer
     busiest: float  # largest share of the bytes that one expert gets, over the layers
     distance: float  # normalised, between pathways of one package
-    warnings: Sequence[str]
+    verdicts: dict[str, str]  # reasons, by rule
 
 
 def train(run: Run, seed: int, steps: int, logdir: Path) -> Row:
     pl.seed_everything(seed, verbose=False)
-    # Of the same package are samples that the monitor compares: "domain" is where it looks for their groups.
+    # Pathways are compared within a package: "domain" is where the monitor looks for a sample's group.
     monitor = MoEPathwayMonitor(every_n_steps=READ_EVERY, probe_every_n_steps=READ_EVERY)
     # Curvature and step radius have examples of their own.
-    watch = DynWatch(hessian=False, step_radius=False, report=False)
+    watch = DynWatch(moe=monitor, hessian=False, step_radius=False, report=False)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=TensorBoardLogger(logdir, name=None, version=f"{run.name}_{seed}", default_hp_metric=False),
-        callbacks=[monitor, watch],
+        callbacks=[watch],
         log_every_n_steps=READ_EVERY // 2,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -179,7 +181,7 @@ def train(run: Run, seed: int, steps: int, logdir: Path) -> Row:
         [late(f"moe/layer_{layer}/effective_experts") for layer in layers],
         max(late(f"moe/layer_{layer}/max_load") for layer in layers),
         late("moe/distance_normalized"),
-        [f"{v.rule}: {v.reason}" for _, v in watch.early_termination.verdicts],
+        {verdict.rule: verdict.reason for _, verdict in watch.early_termination.verdicts},
     )
 
 
@@ -200,19 +202,19 @@ def main() -> None:
     print(f"{EXPERTS} effective experts, with {TOP_K / EXPERTS:.0%} of the bytes at the busiest one.\n")
     names = "".join(f"{f'layer {layer}':>9}" for layer in range(LAYERS))
     print(f"{'':26}effective experts")
-    print(f"{'':11}{'seed':>4}{'loss':>7}{names}{'busiest':>9}{'distance':>10}  verdict")
+    print(f"{'':11}{'seed':>4}{'loss':>7}{names}{'busiest':>9}{'distance':>10}  warned by")
     said = []
     for seed in range(asked.seeds):
         for run in RUNS:
             row = train(run, seed, asked.steps, asked.logdir)
             effective = "".join(f"{value:9.2f}" for value in row.effective)
-            verdict = ", ".join(text.split(":")[0] for text in row.warnings) or "none"
+            verdict = ", ".join(row.verdicts) or "none"
             figures = f"{row.loss:7.3f}{effective}{row.busiest:9.0%}{row.distance:10.3f}"
             print(f"{run.name:11}{seed:4}{figures}  {verdict}", flush=True)
-            said += [f"{run.name}_{seed} was warned. {text}" for text in row.warnings]
-    for text in said:
-        print(f"\n{text}")
-    print(f"\nBoth runs side by side: tensorboard --logdir {asked.logdir}")
+            if "router_collapse" in row.verdicts:
+                said.append(f"{run.name}, seed {seed}: {row.verdicts['router_collapse']}")
+    print("", *said, sep="\n")
+    print(f"\nThe runs side by side: tensorboard --logdir {asked.logdir}")
 
 
 if __name__ == "__main__":
