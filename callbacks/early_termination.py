@@ -67,8 +67,8 @@ class EarlyTermination(Monitor):
     * `stop/loss_limit`: the end of the band that the divergence rule allows.
     * `stop/<rule>`: at the step at which the rule fired, that step: `stop/non_finite`, `stop/divergence`,
       `stop/loss_spike`, `stop/gradient_explosion`, `stop/vanishing_gradients`, `stop/dead_layers`,
-      `stop/no_learning`, `stop/plateau`, `stop/overfitting`, `stop/sharpness`, `stop/large_steps`, and those of your
-      own rules.
+      `stop/no_learning`, `stop/plateau`, `stop/overfitting`, `stop/sharpness`, `stop/large_steps`,
+      `stop/router_collapse`, `stop/dead_experts`, `stop/router_logits`, and those of your own rules.
 
     Args:
         rules: The rules to ask; None takes `dynwatch.rules.default_rules()`.

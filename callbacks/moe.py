@@ -25,6 +25,7 @@ from dynwatch.callbacks.moe_tokens import PaddingMask, TokenLayout
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.probe import Forward, ProbePass
+from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.pathways import Unit
 from dynwatch.router_capture import Decision, Extract, RouterCapture
@@ -236,10 +237,19 @@ class MoEPathwayMonitor(Monitor):
         if self._settled and not self.is_due(trainer):
             return
         self._batch = batch
-        if not self._eager:
-            self._capture.attach()
-            return
-        # Hooks do not fire in compiled modules: the step is looked at before it comes, uncompiled.
+        if self._eager:
+            try:
+                self._look_ahead(trainer, pl_module, batch, batch_idx)
+                return
+            except CannotReplayError:
+                if is_compiled(pl_module):
+                    raise
+                self._eager = False
+        self._capture.attach()
+
+    def _look_ahead(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hooks do not fire in compiled modules: the step is looked at before it comes, uncompiled."""
+        assert self._capture is not None
         self._batch = cloned(batch)
         with ProbePass(trainer, pl_module, [batch], forward=self.forward, training=True) as run:
             run.run(batch, batch_idx, self._capture)

@@ -13,6 +13,7 @@ from dynwatch.callbacks.moe_probe import MOST_SAVED_BYTES, ProbeSet
 from dynwatch.callbacks.moe_tokens import TokenLayout
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.probe import Forward
+from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.memorization import MemorizedSamples
 from dynwatch.pathways import Unit
 from dynwatch.router_capture import RouterCapture
@@ -82,7 +83,10 @@ class PathwayReader:
         except Exception as error:
             failure = error
         if not all_could(look is not None, ranks, device) or look is None:
-            if failure is not None:
+            if not all_could(not isinstance(failure, CannotReplayError), ranks, device):
+                self.reason = str(failure or "the probe cannot be run on another rank").rstrip(".")
+                absent(f"{MOE}distance", self.reason)
+            elif failure is not None:
                 raise failure
             return None
         if ranks > 1:

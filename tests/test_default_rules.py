@@ -21,8 +21,13 @@ LOSS, VAL_LOSS, GRADIENT, WEIGHTS = "stop/loss", "stop/val_loss", "stop/grad_nor
 SCALER, LR, LR_LOW, PROGRESS, IDLE = "stop/scaler", "stop/lr", "stop/lr_low", "stop/progress", "stop/idle_parameters"
 RATIO, CRITICAL, STEP = "hessian/sharpness_ratio", "hessian/critical_lr", "step_radius/r"
 LAYERS = [f"{kind}{name}" for kind in ("grad_norm/layer/", "update_ratio/", "activation/dead/") for name in "abcd"]
+MOE = [
+    f"moe/layer_{i}/{name}"
+    for i in range(2)
+    for name in ("experts", "top_k", "effective_experts", "max_load", "dead_experts", "z_loss")
+]
 SHARED = [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, SCALER, LR, LR_LOW, PROGRESS, IDLE, RATIO, CRITICAL, STEP]
-UNKNOWN = ["", "loss", "stop/", "stop/loss/a", "grad_norm", "update_ratio", "activation/", "u", "ga", "é"]
+UNKNOWN = ["", "loss", "stop/", "stop/loss/a", "grad_norm", "update_ratio", "activation/", "u", "ga", "é", "moe/layer_"]
 BAD = [math.nan, math.inf, -math.inf]
 
 NAMES = [rule.name for rule in default_rules()]
@@ -41,6 +46,9 @@ IMPATIENT: dict[str, dict[str, Any]] = {
     "overfitting": {"patience": 4, "tolerance": 0.0},
     "sharpness": {"patience": 2, "margin": 1.0},
     "large_steps": {"patience": 2, "margin": 1.0},
+    "router_collapse": {"patience": 2},
+    "dead_experts": {"patience": 2, "share": 0.0},
+    "router_logits": {"patience": 2, "factor": 1.5, "floor": 0.0},
 }
 
 
@@ -64,7 +72,7 @@ def fired(rule: Rule, stream: Stream) -> list[int]:
 
 ANY = st.floats() | st.sampled_from([*BAD, 0.0, -0.0, 1.0, 1e-9, 1e308, -1e308, 1.7e308, -1.7e308])
 CALM = st.floats(0.1, 10)
-ODD = st.dictionaries(st.sampled_from([*SHARED, *LAYERS, *UNKNOWN]), ANY, max_size=6)
+ODD = st.dictionaries(st.sampled_from([*SHARED, *LAYERS, *MOE, *UNKNOWN]), ANY, max_size=6)
 FULL = st.fixed_dictionaries(dict.fromkeys((LOSS, VAL_LOSS, GRADIENT), CALM), optional=dict.fromkeys(LAYERS, CALM))
 STILL = st.just({LOSS: 1.0, VAL_LOSS: 2.0, GRADIENT: 1.0, PROGRESS: 0.5, LR: 0.1, IDLE: 0.0, "update_ratio/a": 0.0})
 READINGS = st.lists(ODD | FULL | STILL, max_size=60)
@@ -90,6 +98,7 @@ def tail(base: int) -> list[dict[str, float]]:
             STEP: 9.0,
             CRITICAL: 0.1,
             LR: 0.3,
+            **(routed(2.0, dead=3, z=4.0**i) if i % 2 else {}),
             **{f"grad_norm/layer/{layer}": 0.01**k for k, layer in zip((3, 2, 1, 0), "abcd", strict=True)},
         }
         for i in range(base)
@@ -176,6 +185,11 @@ def striding(r: float, losses: list[float]) -> list[dict[str, float]]:
     return [{LOSS: loss, **({STEP: r} if i % 50 == 0 else {})} for i, loss in enumerate(losses)]
 
 
+def routed(effective: float, dead: int = 0, z: float = 6.0) -> dict[str, float]:
+    """Readings of a layer of 8 experts, of which a token uses two."""
+    return dict(zip(MOE[:6], (8.0, 2.0, effective, 2 / effective, float(dead), z), strict=True))
+
+
 POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "non_finite": (constant(40, loss=1.0, norm=1.0), [{LOSS: math.nan}]),
     "divergence": (constant(40, loss=2.0), constant(30, loss=80.0)),
@@ -199,6 +213,9 @@ POOR: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
         striding(3.0, [2.0 + 0.1 * (i % 3) for i in range(60)]),
         striding(9.0, [2.0 + 0.1 * (i % 3) for i in range(400)]),
     ),
+    "router_collapse": ([routed(7.5)] * 6, [routed(2.1)] * 10),
+    "dead_experts": ([routed(7.5)] * 6, [routed(6.5, dead=1)] * 6),
+    "router_logits": ([routed(7.5, z=6.0 + i) for i in range(6)], [routed(7.0, z=2000.0)] * 6),
     "sharpness": (curved(1.1, [2.0 - i / 40 for i in range(60)]), curved(2.1, [0.5 * 1.02**i for i in range(150)])),
 }
 
@@ -327,7 +344,7 @@ def test_the_ends_of_the_floats_break_no_rule(name: str, course: str) -> None:
         rule = make(name, **arguments)
         for i in range(300):
             readings = dict.fromkeys(
-                [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, RATIO, CRITICAL, STEP, *LAYERS], HUGE[course](i)
+                [LOSS, VAL_LOSS, GRADIENT, WEIGHTS, IDLE, RATIO, CRITICAL, STEP, *LAYERS, *MOE], HUGE[course](i)
             )
             text(rule.update(i, {**readings, PROGRESS: 0.5, LR: abs(readings[LOSS]), LR_LOW: readings[LOSS]}, {}))
 
@@ -396,6 +413,12 @@ def test_an_argument_out_of_bounds_is_an_error(kind: Callable[..., Rule], argume
         ("sharpness", "margin", 0.99),
         ("large_steps", "patience", 1),
         ("large_steps", "margin", 0.99),
+        ("router_collapse", "min_share", 0.0),
+        ("router_collapse", "max_share", 1.0),
+        ("dead_experts", "share", 1.0),
+        ("dead_experts", "share", -0.01),
+        ("router_logits", "factor", 1.0),
+        ("router_logits", "floor", -0.01),
     ],
 )
 def test_a_bound_is_where_it_is_said_to_be(name: str, argument: str, value: float) -> None:

@@ -5,6 +5,7 @@ other and answers with a `Verdict` or None.
 """
 
 from dynwatch.rules.base import EVIDENCE_LENGTH, Action, Recent, Rule, Verdict
+from dynwatch.rules.dead_experts import DeadExperts
 from dynwatch.rules.dead_layers import DeadLayers
 from dynwatch.rules.divergence import Divergence
 from dynwatch.rules.gradient_explosion import GradientExplosion
@@ -16,6 +17,8 @@ from dynwatch.rules.old_logs import Replayed, replay
 from dynwatch.rules.overfitting import Overfitting
 from dynwatch.rules.plateau import Plateau
 from dynwatch.rules.replaying import Outcome, replay_readings
+from dynwatch.rules.router_collapse import RouterCollapse
+from dynwatch.rules.router_logits import RouterLogits
 from dynwatch.rules.rulebook import Rulebook, apply_actions
 from dynwatch.rules.sharpness import Sharpness
 from dynwatch.rules.stop_when import StopWhen
@@ -24,6 +27,7 @@ from dynwatch.rules.vanishing_gradients import VanishingGradients
 __all__ = [
     "EVIDENCE_LENGTH",
     "Action",
+    "DeadExperts",
     "DeadLayers",
     "Divergence",
     "GradientExplosion",
@@ -36,6 +40,8 @@ __all__ = [
     "Plateau",
     "Recent",
     "Replayed",
+    "RouterCollapse",
+    "RouterLogits",
     "Rule",
     "Rulebook",
     "Sharpness",
@@ -70,4 +76,7 @@ def default_rules() -> list[Rule]:
         Overfitting(),
         Sharpness(),
         LargeSteps(),
+        RouterCollapse(),
+        DeadExperts(),
+        RouterLogits(),
     ]

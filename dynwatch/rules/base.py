@@ -62,7 +62,8 @@ class Rule(ABC):
 
     Attributes:
         name: Unique among the rules of a run; verdicts stand in TensorBoard at `stop/<name>`.
-        reads: Tags of the readings that the rule looks at; one that ends in "/" stands for all tags below it.
+        reads: Tags of the readings that the rule looks at; one that ends in "/" stands for all tags below it, and a *
+            in one for the number of any layer.
         needs: Those of `reads` without any one of which it can judge nothing; empty if any one of `reads` is enough.
         quotes: Those of `reads` that only go into the words of its verdicts, so that alone they are nothing to judge.
         action: What is done about its verdicts: "stop", "warn" or "shadow".

@@ -186,13 +186,21 @@ def replay_readings(
 
 
 def is_known(tag: str, known: Iterable[str]) -> bool:
-    """Whether a tag, or for one that ends in "/" any tag below it, is among those known.
+    """Whether a tag, or for one that ends in "/" any tag below it or for a * any number, is among those known.
 
     Example:
         >>> is_known("update_ratio/", ["update_ratio/net.0"])
         True
+        >>> is_known("moe/layer_*/experts", ["moe/layer_3/experts"])
+        True
     """
-    return any(name.startswith(tag) if tag.endswith("/") else name == tag for name in known)
+    if tag.endswith("/"):
+        return any(name.startswith(tag) for name in known)
+    head, star, end = tag.partition("*")
+    if not star:
+        return tag in known
+    ends = (name[len(head) :].removesuffix(end) for name in known if name.startswith(head) and name.endswith(end))
+    return any(number == star or number.isdecimal() for number in ends)
 
 
 def label_rules(rules: Iterable[Rule]) -> dict[str, Rule]:

@@ -28,6 +28,15 @@ BATCH_SHARPNESS = "hessian/batch_sharpness"  # gᵀHg / gᵀg of a training batc
 # At sparse steps: how long the step was, over the radius within which the softmax loss can be trusted.
 STEP = "step_radius/r"
 
+# Mixtures of experts, at sparse steps; * is the number of a layer, which has E experts, of which a token uses k.
+MOE_LAYER = "moe/layer_"
+EXPERTS = "moe/layer_*/experts"  # E, with the first readings of a run and after a resume
+TOP_K = "moe/layer_*/top_k"  # k, with E
+EFFECTIVE_EXPERTS = "moe/layer_*/effective_experts"  # exponential of the load's entropy, from k to E
+MAX_LOAD = "moe/layer_*/max_load"  # share of the tokens that chose the busiest expert, k/E when balanced
+DEAD_EXPERTS = "moe/layer_*/dead_experts"  # how many no token has chosen for a window of looks
+Z_LOSS = "moe/layer_*/z_loss"  # mean over tokens of the squared logsumexp of the router's logits
+
 # All of the above, which no metric of the user's and no rule may be called.
 OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))
 

@@ -657,6 +657,20 @@ def test_manual_optimization(tmp_path: Path) -> None:
     assert "moe/distance" in readings
 
 
+def test_a_model_that_cannot_be_run_again_has_health_alone(tmp_path: Path) -> None:
+    """An iterator in the module cannot be turned back: pathways say why, and live hooks still count."""
+
+    class Iterating(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers = iter(range(100))
+
+    monitor = MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=2)
+    readings, _ = fit(tmp_path, monitor, Iterating())
+    assert monitor.off is None and list(readings["moe/layer_0/load_cv"]) == list(range(6))
+    assert monitor._stream is not None and "is an iterator" in monitor._stream.reasons["moe/distance"]
+
+
 def test_encoder_and_decoder_stand_apart(tmp_path: Path) -> None:
     """Pathways of a translation model's encoder and decoder are not mixed, and each has its own padding."""
     transformers = pytest.importorskip("transformers")
