@@ -1,6 +1,6 @@
 """Takes the pictures in docs/images of the examples, as TensorBoard shows them.
 
-    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike]
+    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike] [moe]
 
 Needs Chromium and playwright. Without an argument it takes all. In that of the digits the gradient,
 update and loss charts are set to a logarithmic scale, with the button that each chart has: on a linear one the
@@ -36,7 +36,13 @@ MARGIN_CARD = "tf-custom-scalar-margin-chart-card"
 
 
 def main() -> None:
-    takers = {"digits": digits, "edge_of_stability": edge_of_stability, "batch_size": batch_size, "lr_spike": lr_spike}
+    takers = {
+        "digits": digits,
+        "edge_of_stability": edge_of_stability,
+        "batch_size": batch_size,
+        "lr_spike": lr_spike,
+        "moe": moe,
+    }
     parser = argparse.ArgumentParser(description="Takes the pictures in docs/images.")
     parser.add_argument("examples", nargs="*", metavar="example", help=f"of {', '.join(takers)}; all if none is named")
     IMAGES.mkdir(exist_ok=True)
@@ -86,21 +92,36 @@ def lr_spike(logs: Path) -> None:
         save(page, "lr_spike.png")
 
 
+def moe(logs: Path) -> None:
+    run("moe_language_model.py", "--logdir", str(logs))
+    with tensorboard(logs, ["healthy_0", "collapsed_0"]) as address, browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1450, "height": 455})
+        only(page, f"{address}/#custom_scalars&_smoothingWeight=0", "Effective experts|busiest expert|samples, normal")
+        page.locator(CARD, has_text="Effective experts").locator("path.line").first.wait_for(state="attached")
+        page.mouse.move(700, 300)
+        page.mouse.wheel(0, -1000)  # folding has scrolled
+        save(page, "moe.png")
+
+
 def curvature(page: Page, address: str) -> None:
     """The charts of the ratio and of the eigenvalues behind it, without the others, in one row."""
-    page.goto(address)
-    page.locator(CARD).first.wait_for()
-    page.get_by_text("Ignore outliers in chart scaling").click()
-    page.get_by_text("dynwatch · gradients").click()  # folds it
-    cards = page.locator(f"{CARD}, {MARGIN_CARD}")
-    for card in cards.filter(has_not_text=re.compile("Sharpness ratio|Largest")).all():
-        card.evaluate("card => { card.style.display = 'none'; }")
+    only(page, address, "Sharpness ratio|Largest")
     bar = page.locator(MARGIN_CARD, has_text="Largest Hessian")
     bar.locator("path").first.wait_for(state="attached")
     # TensorBoard puts charts with error bars into a row of their own, below.
     ratio = page.locator(CARD, has_text="Sharpness ratio")
     ratio.evaluate("(ratio, bar) => ratio.after(bar)", bar.element_handle())
     save(page, "edge_of_stability.png")
+
+
+def only(page: Page, address: str, titles: str) -> None:
+    """Go to the panels and hide all whose titles do not match."""
+    page.goto(address)
+    page.locator(CARD).first.wait_for()
+    page.get_by_text("Ignore outliers in chart scaling").click()
+    page.get_by_text("dynwatch · gradients").click()  # folds it
+    for card in page.locator(f"{CARD}, {MARGIN_CARD}").filter(has_not_text=re.compile(titles)).all():
+        card.evaluate("card => { card.style.display = 'none'; }")
 
 
 def panels(page: Page, address: str) -> None:
