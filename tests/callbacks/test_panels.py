@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import runs
@@ -214,3 +214,14 @@ def test_a_margin_chart_of_a_value_with_a_parenthesis_is_an_error() -> None:
     with pytest.raises(ValueError, match="must begin with a value without parentheses, of which TensorBoard draws"):
         Chart("c", "t", ("a (b)", "c", "d"), margin=True)
     Chart("c", "t", ("a", "c (d)", "e (f)"), margin=True)
+
+
+def test_a_star_stands_for_one_part_of_a_tag() -> None:
+    """In the layout, in the link (its first) and in the summary."""
+    chart = Chart("experts", "load", ("moe/layer_*/load",), pinned=True)
+    (pattern,) = layout([chart])["experts"]["load"][1]  # type: ignore[misc]
+    assert re.match(pattern, "moe/layer_12/load")
+    assert not re.match(pattern, "moe/layer_1/load_cv") and not re.match(pattern, "moe/layer_1/x/load")
+    assert quote("moe/layer_0/load", safe="") in pinned_link([chart])
+    with pytest.raises(ValueError, match="must be three exact tags"):
+        Chart("experts", "load", ("a*", "b", "c"), margin=True)

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, StepRadiusMonitor
+from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, MoEPathwayMonitor, StepRadiusMonitor
 from dynwatch.callbacks.panels import Chart, layout
 
 if TYPE_CHECKING:
@@ -199,6 +199,32 @@ def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page)
     verdict.get_by_text("poor", exact=True).wait_for()
     binding = loader.filter(has_text="bound by sample").filter(has=page.get_by_text("good", exact=True))
     binding.get_by_text(re.compile(r"step \d+: r = .*, target \d")).first.wait_for()
+
+
+def test_a_chart_of_all_layers_draws_each(chromium: str, page: Page, tmp_path: Path) -> None:
+    """A tag with a star draws one curve for each router, and the pictures stand in the Images tab."""
+    from test_moe import Model, texts
+
+    watch = DynWatch(moe=MoEPathwayMonitor(every_n_steps=1), hessian=False, step_radius=False, report=False)
+    logger = TensorBoardLogger(tmp_path, name=None, version="moe", default_hp_metric=False)
+    runs.trainer(tmp_path, [watch], logger=logger, max_epochs=2).fit(Model(), texts())
+    with browser.tensorboard(tmp_path, ["moe"]) as address:
+        page.goto(f"{address}/#custom_scalars&_smoothingWeight=0")
+        show_all_categories(page)
+        card = page.locator(CARD, has_text="Effective experts by layer")
+        card.scroll_into_view_if_needed()
+        lengths: list[int] = []
+        for _ in range(PATIENCE_MS // 200):
+            lines = card.locator("path.line").evaluate_all("lines => lines.map(line => line.getAttribute('d') || '')")
+            lengths = [len(set(re.findall(r"[\d.-]+,[\d.-]+", line))) for line in lines]
+            if sum(length >= 10 for length in lengths) >= 3:
+                break
+            page.wait_for_timeout(200)
+        else:
+            pytest.fail(f"the chart has lines of {lengths} points")
+        assert card.locator(".match-list-entry").count() == 3
+        page.goto(f"{address}/#images")
+        page.get_by_text("moe/load").first.wait_for()
 
 
 def test_a_margin_chart_draws_a_curve_in_a_band(chromium: str, page: Page, tmp_path: Path) -> None:
