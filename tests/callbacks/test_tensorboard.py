@@ -15,6 +15,7 @@ import browser
 import pytest
 import runs
 import torch
+from moe_model import Model, texts
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
@@ -203,8 +204,6 @@ def test_text_tab_shows_the_verdict_of_the_poor_run_only(seen: Seen, page: Page)
 
 def test_a_chart_of_all_layers_draws_each(chromium: str, page: Page, tmp_path: Path) -> None:
     """A tag with a star draws one curve for each router, and the pictures stand in the Images tab."""
-    from test_moe import Model, texts
-
     watch = DynWatch(moe=MoEPathwayMonitor(every_n_steps=1), hessian=False, step_radius=False, report=False)
     logger = TensorBoardLogger(tmp_path, name=None, version="moe", default_hp_metric=False)
     runs.trainer(tmp_path, [watch], logger=logger, max_epochs=2).fit(Model(), texts())
