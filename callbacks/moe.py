@@ -209,7 +209,8 @@ class MoEPathwayMonitor(Monitor):
         self._decoders = decoder_names(self._capture)
         runnable = pl_module.automatic_optimization or self.forward is not None
         # Also where a function may be compiled, which only a step can show.
-        self._eager = is_compiled(pl_module) or ("torch._dynamo.eval_frame" in sys.modules and runnable)
+        possible = runnable and "torch._dynamo.eval_frame" in sys.modules and any(site.telling for site in sites)
+        self._eager = is_compiled(pl_module) or possible
         self._frames = compiled_frames()
         self._settled, self._tries = False, 0
         self._reader.probe.max_samples = max(self.max_samples // trainer.world_size, 1)
@@ -290,6 +291,7 @@ class MoEPathwayMonitor(Monitor):
         if trainer.fit_loop._should_accumulate() or self._capture is None:
             return
         tally, self._tally, self._batch = self._tally, None, None
+        self._masks.clear()
         if tally is not None:
             self._emit_health(trainer, tally, pl_module.device)
         if self._look_is_due(trainer):
@@ -376,8 +378,9 @@ class MoEPathwayMonitor(Monitor):
         pairs = next(iter(raw)).endswith("pairs")
         found = self._health.read(list(raw.values()), self._sizes, pairs)
         for layer in found.keys() - self._announced:
-            found[layer] |= {"experts": float(self._sizes[layer]), "top_k": float(self._k_of(layer))}
-        self._announced |= found.keys()
+            if top_k := self._k_of(layer):
+                self._announced.add(layer)
+                found[layer] |= {"experts": float(self._sizes[layer]), "top_k": float(top_k)}
         if pairs and found:
             self._pictures_at = step
         return {f"{MOE}layer_{i}/{name}": value for i, layer in found.items() for name, value in layer.items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # Layers of torch's own whose weight has three dimensions.
 _NOT_EXPERTS = (
@@ -60,7 +61,7 @@ class RouterSite:
     def weight(self) -> nn.Parameter | None:
         """The router's matrix, [E, d] or [d, E] (or flat, [E · d]); None if there is none."""
         holder = self.router if self.router is not None else self.block
-        own = list(holder.parameters(recurse=self.router is not None))
+        own = _parameters(holder, recurse=self.router is not None)
         fits = [p for p in own if p.dim() == 2 and self.n_experts in p.shape]
         if not fits and self.router is not None:
             fits = [p for p in own if p.dim() == 1 and p.numel() > self.n_experts and p.numel() % self.n_experts == 0]
@@ -161,7 +162,7 @@ def _in_block(path: str, block: nn.Module) -> Iterator[RouterSite]:
                 k = _attribute((child,), _TOP_KS) or top_k
                 where = f"{path}.{name}".lstrip(".")
                 yield RouterSite(where, child, block, experts, count, k, _tells((where, child, block)))
-        own = [p for p in block.parameters(recurse=False) if p.dim() == 2 and count in p.shape]
+        own = [p for p in _parameters(block, recurse=False) if p.dim() == 2 and count in p.shape]
         if own and holder != id(block):
             yield RouterSite(path, None, block, experts, count, top_k, _tells((path, block)))
     says, k = _attribute((block,), _COUNTS), _attribute((block,), _TOP_KS)
@@ -182,7 +183,7 @@ def _leading(module: nn.Module) -> int:
     """The first side of a module's own tensors of three dimensions; 0 if it has none or they differ."""
     if isinstance(module, _NOT_EXPERTS):
         return 0
-    sides = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3}
+    sides = {p.shape[0] for p in _parameters(module, recurse=False) if p.dim() == 3}
     return sides.pop() if len(sides) == 1 and min(sides) >= 2 else 0
 
 
@@ -197,6 +198,11 @@ def _scores(module: nn.Module, count: int) -> bool:
     matrix = any(p.dim() == 2 and count in p.shape for p in parameters)
     says = _attribute((module,), _COUNTS) == count
     return (matrix or (says and bool(flat))) and all(p.dim() < 3 for p in parameters)
+
+
+def _parameters(module: nn.Module, recurse: bool = True) -> list[nn.Parameter]:
+    """Those that have a shape yet; lazy modules have none before their first pass."""
+    return [p for p in module.parameters(recurse) if not is_lazy(p)]
 
 
 def _attribute(owners: Iterable[nn.Module], names: Sequence[str]) -> int | None:

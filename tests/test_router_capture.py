@@ -124,6 +124,37 @@ def test_a_router_that_did_not_run_yet_stays_a_candidate() -> None:
     assert capture(MultiHead(), lambda: None)[2] == ["trunk"]
 
 
+def test_lazy_modules_have_no_shape_yet() -> None:
+    """They are passed over, in a dense model and beside a router."""
+    model = nn.Sequential(nn.LazyLinear(4), Net("linear"), nn.ModuleList([nn.LazyLinear(3), nn.LazyLinear(3)]))
+    assert [site.name for site in find_routers(model)] == [f"1.blocks.{i}.gate" for i in range(3)]
+
+
+def test_logits_that_are_written_to_are_copied() -> None:
+    """A block that masks its first choice in place to find the second: seen, left out once, and then read right."""
+
+    class Masking(moes.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(WIDTH, EXPERTS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.gate(x)
+            self.logits = logits.detach().clone()
+            indices = logits.detach().topk(TOP_K).indices
+            logits.data.scatter_(1, indices[:, :1], -1e9)
+            logits.detach().scatter_(1, indices[:, :1], -1e9)
+            return self._combine(x, indices, torch.ones(indices.shape))
+
+    model, seen = Masking(), []
+    watch = RouterCapture(find_routers(model), lambda at, decision: seen.append(decision))
+    with watch:
+        for _ in range(3):
+            model(torch.randn(7, WIDTH))
+    assert len(seen) == 2
+    assert torch.equal(seen[-1].logits, model.logits)
+
+
 def test_an_exception_in_a_block_leaves_no_hook_and_no_mode() -> None:
     """The operation watch is left also where the forward pass raises."""
 
