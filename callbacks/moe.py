@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynwatch.callbacks.base import Monitor, check_cadence, isolated
 from dynwatch.callbacks.batches import cloned
 from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.differentiable import compiled_frames, is_compiled
-from dynwatch.callbacks.moe_health import RouterCounts, RouterHealth, sum_tags
+from dynwatch.callbacks.moe_health import HealthTally, RouterHealth, sum_tags
 from dynwatch.callbacks.moe_panels import charts, write_layers, write_pictures
 from dynwatch.callbacks.moe_pathways import MOE, decoder_names, parts_of
 from dynwatch.callbacks.moe_probe import GroupBy, ProbeSet
@@ -41,6 +41,8 @@ _USUAL = 100
 _GUESS = {"look": 1.0}
 # Every so many readings of health, pictures are drawn, and pairs of experts counted.
 _PICTURES_EVERY = 10
+# Readings that rules judge: their verdicts name the router.
+NOTED = ("effective_experts", "dead_experts", "z_loss")
 # Training batches in which routers may show themselves.
 _MOST_TRIES = 10
 
@@ -167,10 +169,12 @@ class MoEPathwayMonitor(Monitor):
         self._settled = self._eager = False
         self._tries = self._frames = 0
         self._readings = 0  # of health
-        self._counts: dict[str, RouterCounts] = {}  # of this step, by router
-        self._top_k: dict[str, int] = {}
+        self._tally: HealthTally | None = None  # of this step
+        self._top_k: dict[str, int] = {}  # as seen, by router
+        self._sizes_by_name: dict[str, int] = {}
+        self._masks: dict[tuple[tuple[int, ...], bool], Tensor | None] = {}  # of the present batch
         self._batch: Any = None
-        self._health: dict[int, RouterHealth] = {}
+        self._health = RouterHealth(self.dead_window)
         self._announced: set[int] = set()  # routers whose E and k have been logged
         self._pictures_at: int | None = None
         probe = ProbeSet(self._probe_source, self.max_samples, *self._probe_arguments)
@@ -234,9 +238,13 @@ class MoEPathwayMonitor(Monitor):
             return
         if self._reader.probe.wants("train"):
             self._reader.probe.offer(batch, batch_idx)
-        if self._settled and not self.is_due(trainer):
+        due = self.is_due(trainer)
+        if self._settled and not due:
             return
         self._batch = batch
+        self._masks.clear()
+        if due and self._tally is None:
+            self._tally = HealthTally(pairs=self._readings % _PICTURES_EVERY == 0)
         if self._eager:
             try:
                 self._look_ahead(trainer, pl_module, batch, batch_idx)
@@ -256,17 +264,22 @@ class MoEPathwayMonitor(Monitor):
 
     def _deliver(self, at: int, decision: Decision) -> None:
         assert self._capture is not None
-        site, routing = self._capture.sites[at], decision.routing
-        self._top_k.setdefault(site.name, routing.indices.shape[1])
-        valid = self._layout.valid(self._batch, decision.leading, site.name in self._decoders)
-        if routing.valid is not None:
-            valid = routing.valid if valid is None else valid & routing.valid
-        self._counts_of(site.name, routing.n_experts, routing.indices.device).add(decision, valid)
+        site = self._capture.sites[at]
+        self._top_k.setdefault(site.name, decision.indices.shape[1])
+        self._sizes_by_name.setdefault(site.name, decision.n_experts)
+        if self._tally is not None:
+            valid = self._valid(site.name, decision)
+            self._tally.add(site.name, decision, valid)
 
-    def _counts_of(self, name: str, n_experts: int, device: torch.device) -> RouterCounts:
-        if name not in self._counts:
-            self._counts[name] = RouterCounts(n_experts, self._readings % _PICTURES_EVERY == 0, device)
-        return self._counts[name]
+    def _valid(self, name: str, decision: Decision) -> Tensor | None:
+        """Which tokens count; one tensor for all routers that see the same tokens."""
+        key = (decision.leading, name in self._decoders)
+        if key not in self._masks:
+            self._masks[key] = self._layout.valid(self._batch, *key)
+        valid = self._masks[key]
+        if decision.valid is not None:
+            valid = decision.valid if valid is None else valid & decision.valid
+        return valid
 
     def end_step(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if self._capture is None:
@@ -276,10 +289,9 @@ class MoEPathwayMonitor(Monitor):
             self._settle(trainer, pl_module)
         if trainer.fit_loop._should_accumulate() or self._capture is None:
             return
-        if self.is_due(trainer):
-            self._emit_health(trainer, pl_module.device)
-        self._counts.clear()
-        self._batch = None
+        tally, self._tally, self._batch = self._tally, None, None
+        if tally is not None:
+            self._emit_health(trainer, tally, pl_module.device)
         if self._look_is_due(trainer):
             self._look_at_pathways(trainer, pl_module)
         stream, step = Stream.of(trainer), Stream.step(trainer)
@@ -302,7 +314,7 @@ class MoEPathwayMonitor(Monitor):
             telling = [site.name for site in [*dropped, *self._capture.sites] if site.telling]
             self.release()
             self._capture = None
-            self._counts.clear()
+            self._tally = None
             if telling and trainer.is_global_zero:
                 log.warning(
                     "MoEPathwayMonitor measures nothing in this run: these looked like routers, but showed no choice "
@@ -318,17 +330,18 @@ class MoEPathwayMonitor(Monitor):
         plan = self._capture.plans[0]
         Stream.of(trainer).remarks["moe"] = f"{len(names)} routers, {ends}" + (f"; {plan}" if plan else "")
 
-    def _emit_health(self, trainer: Trainer, device: torch.device) -> None:
+    def _emit_health(self, trainer: Trainer, tally: HealthTally, device: torch.device) -> None:
         assert self._capture is not None
-        pairs = self._readings % _PICTURES_EVERY == 0
-        counts = [self._counts_of(site.name, site.n_experts, device) for site in self._capture.sites]
+        sizes = {site.name: self._sizes_by_name.get(site.name, site.n_experts) for site in self._capture.sites}
         self._readings += 1
-        sizes = tuple(each.n_experts for each in counts)
-        sums = torch.cat([each.vector().to(device) for each in counts])
-        Stream.of(trainer).emit(self, Stream.step(trainer), sum_tags(sizes, pairs), sums, mean_over_ranks=True)
-        self._sizes = sizes
+        self._sizes = tuple(sizes.values())
+        sums = tally.vectors(sizes, device)
+        stream = Stream.of(trainer)
+        notes = {f"{MOE}layer_{i}/{tag}": name for i, name in enumerate(sizes) for tag in NOTED}
+        tags = sum_tags(self._sizes, tally.pairs)
+        stream.emit(self, Stream.step(trainer), tags, sums, mean_over_ranks=True, notes=notes)
         if self._layout.remark:
-            Stream.of(trainer).remarks["moe padding"] = self._layout.remark
+            stream.remarks["moe padding"] = self._layout.remark
 
     # --- pathways
 
@@ -360,21 +373,14 @@ class MoEPathwayMonitor(Monitor):
             return {}
         if "\n" not in next(iter(raw)):
             return raw
-        pairs, values = next(iter(raw)).endswith("pairs"), list(raw.values())
-        readings: dict[str, float] = {}
-        start = 0
-        for layer, n_experts in enumerate(self._sizes):
-            size = RouterCounts.size(n_experts, pairs)
-            health = self._health.setdefault(layer, RouterHealth(self.dead_window))
-            found = health.read(values[start : start + size], n_experts, pairs)
-            start += size
-            if found and layer not in self._announced:
-                self._announced.add(layer)
-                found |= {"experts": float(n_experts), "top_k": float(self._k_of(layer))}
-            readings |= {f"{MOE}layer_{layer}/{name}": value for name, value in found.items()}
-        if pairs and readings:
+        pairs = next(iter(raw)).endswith("pairs")
+        found = self._health.read(list(raw.values()), self._sizes, pairs)
+        for layer in found.keys() - self._announced:
+            found[layer] |= {"experts": float(self._sizes[layer]), "top_k": float(self._k_of(layer))}
+        self._announced |= found.keys()
+        if pairs and found:
             self._pictures_at = step
-        return readings
+        return {f"{MOE}layer_{i}/{name}": value for i, layer in found.items() for name, value in layer.items()}
 
     def _k_of(self, layer: int) -> int:
         name = self._capture.sites[layer].name if self._capture else ""
@@ -383,8 +389,7 @@ class MoEPathwayMonitor(Monitor):
     def after_flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures_at is not None:
             step, self._pictures_at = self._pictures_at, None
-            healths = [self._health[layer] for layer in sorted(self._health)]
-            write_pictures(healths, tensorboard_writers(trainer), step)
+            write_pictures(self._health, tensorboard_writers(trainer), step)
 
     # --- state
 
@@ -392,7 +397,7 @@ class MoEPathwayMonitor(Monitor):
         return {
             "readings": self._readings,
             "sizes": list(self._sizes),
-            "health": {layer: health.state() for layer, health in self._health.items()},
+            "health": self._health.state(),
             "pathways": self._reader.state(alone=self._ranks == 1),
             "budget": self._budget.state() if self._budget else None,
         }
@@ -401,9 +406,7 @@ class MoEPathwayMonitor(Monitor):
         self._forget()
         self._readings = state["readings"]
         self._sizes = tuple(state["sizes"])
-        for layer, saved in state["health"].items():
-            self._health[layer] = RouterHealth(self.dead_window)
-            self._health[layer].load_state(saved)
+        self._health.load_state(state["health"])
         self._reader.load_state(state["pathways"])
         if self._budget is not None and state["budget"] is not None:
             self._budget.load_state(state["budget"])
@@ -411,6 +414,6 @@ class MoEPathwayMonitor(Monitor):
     def release(self) -> None:
         if self._capture is not None:
             self._capture.detach()
-        self._counts.clear()
+        self._tally = None
         self._batch = None
         self._reader.probe.to(torch.device("cpu"))  # a checkpoint after the fit still has it

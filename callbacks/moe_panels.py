@@ -67,12 +67,10 @@ def write_layers(capture: RouterCapture, writers: Iterable[Any], step: int) -> N
         writer.add_text(f"{MOE}layers", text, global_step=step)
 
 
-def write_pictures(healths: Sequence[RouterHealth], writers: Iterable[Any], step: int) -> None:
+def write_pictures(health: RouterHealth, writers: Iterable[Any], step: int) -> None:
     """Write the load of all layers, and which experts are chosen together, to each `SummaryWriter`."""
-    pairs = [(layer, health.together) for layer, health in enumerate(healths) if health.together is not None]
     for writer in writers:
-        picture = load_picture([health.load for health in healths], step)
-        writer.add_image(f"{MOE}load", picture, global_step=step, dataformats="HWC")
-        if pairs:
-            together = coactivation_picture(pairs, step)
+        writer.add_image(f"{MOE}load", load_picture(health.loads, step), global_step=step, dataformats="HWC")
+        if health.together:
+            together = coactivation_picture(health.together, step)
             writer.add_image(f"{MOE}coactivation", together, global_step=step, dataformats="HWC")

@@ -111,7 +111,8 @@ class PathwayLooks:
             samples = samples_in(batch) or 0
             if is_ambiguous(decision.leading, samples):
                 raise _AmbiguousError(str(number))
-            routing, device = decision.routing, decision.routing.indices.device
+            routing = decision.routing
+            device = routing.indices.device
             owner = routing.samples
             if owner is None:
                 owner = sample_of_tokens(decision.leading or (len(routing.indices),), samples, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -23,27 +23,27 @@ _SQUARE = 220
 _RED = np.array((178, 24, 43), dtype=float)
 
 
-def load_picture(loads: Sequence[Tensor], step: int) -> Colours:
+def load_picture(loads: Mapping[int, Tensor], step: int) -> Colours:
     """Draw each expert's load, a row a layer: white is none, the middle blue an equal share, red four times that.
 
     Args:
-        loads: For each layer [E]; an empty one was not seen.
+        loads: By layer [E], at least one.
         step: For the title.
 
     Returns:
         [height, width, 3] colours.
     """
-    most = max(len(load) for load in loads)
+    most = max(map(len, loads.values()))
     cell = max(2, min(36, _WIDEST // max(most, 1)))
     height = max(10, min(28, cell))
     size = (_MARGIN + most * cell + 150, _TOP + len(loads) * height + 40)
     picture = Image.new("RGB", (max(size[0], 430), size[1]), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, 12), f"load of experts over an equal share, step {step}", fill=INK, font=font(14))
-    for layer, load in enumerate(loads):
-        y = _TOP + layer * height
+    for row, (layer, load) in enumerate(sorted(loads.items())):
+        y = _TOP + row * height
         draw.text((_MARGIN - 8, y + height / 2), f"layer {layer}", fill=INK, font=font(12), anchor="rm")
-        total = float(load.sum()) if len(load) else 0.0
+        total = float(load.sum())
         for e in range(len(load)):
             share = float(load[e]) * len(load) / total if total > 0 else math.nan
             x = _MARGIN + e * cell
@@ -59,18 +59,19 @@ def load_picture(loads: Sequence[Tensor], step: int) -> Colours:
     return np.asarray(picture)
 
 
-def coactivation_picture(pairs: Sequence[tuple[int, Tensor]], step: int) -> Colours:
+def coactivation_picture(pairs: Mapping[int, Tensor], step: int) -> Colours:
     """Draw how often tokens of an expert (row) chose another one (column) too, a square a layer; dark is always.
 
     Args:
-        pairs: Layers with their [E, E] counts, at least one; of many, six are drawn.
+        pairs: By layer [E, E] counts, at least one; of many, six are drawn.
         step: For the title.
 
     Returns:
         [height, width, 3] colours.
     """
     count = min(len(pairs), _MOST_SQUARES)
-    drawn = [pairs[round(i * (len(pairs) - 1) / max(count - 1, 1))] for i in range(count)]
+    layers = sorted(pairs.items())
+    drawn = [layers[round(i * (len(layers) - 1) / max(count - 1, 1))] for i in range(count)]
     columns = min(3, count)
     rows = -(-count // columns)
     width = max(_GAP + columns * (_SQUARE + _GAP), 430)

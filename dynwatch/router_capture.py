@@ -20,7 +20,7 @@ from dynwatch.router_outputs import classify, tensors_by_place
 from dynwatch.router_plan import Plan, decode, make_plan
 from dynwatch.router_search import RouterSite
 from dynwatch.router_watch import OperationWatch
-from dynwatch.routing import Routing, Score
+from dynwatch.routing import Routing, Score, router_probabilities
 
 # A user's own way: module, its arguments and its output to what it decided.
 Extract = Callable[[nn.Module, Any, Any], Routing]
@@ -31,21 +31,43 @@ class Decision:
     """What one router decided in one forward pass.
 
     Attributes:
-        routing: Experts, probabilities and weights, as far as they can be seen.
-        logits: [N, E] of the router; None if they cannot be seen.
+        indices: [N, k] experts of each token; outside 0 … E - 1 for an empty slot.
+        n_experts: E.
+        scores: [N, E] what the router gave each expert, its own tensor; None if that cannot be seen.
+        score: How these become probabilities; "given" if they are no logits.
+        weights: [N, k] with which outputs are summed; None if they cannot be seen.
         leading: The shape of the block's input without its last dimension: [batch, sequence], or [sequence, batch], or
             [tokens].
         capacity: Whether an empty slot is a token that was dropped.
+        valid: [N] bool, where a user's own reading says which tokens count.
+        samples: [N], where it says whose they are.
 
     Example:
-        >>> Decision(Routing(torch.tensor([[0]]), 2), None, (1,), False).leading
-        (1,)
+        >>> decision = Decision(torch.tensor([[0]]), 2, torch.tensor([[2.0, 0.0]]), "softmax", None, (1,), False)
+        >>> decision.routing.probabilities
+        tensor([[0.8808, 0.1192]])
     """
 
-    routing: Routing
-    logits: Tensor | None
+    indices: Tensor
+    n_experts: int
+    scores: Tensor | None
+    score: Score
+    weights: Tensor | None
     leading: tuple[int, ...]
     capacity: bool
+    valid: Tensor | None = None
+    samples: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """[N, E] of the router; None if they cannot be seen."""
+        return None if self.score == "given" else self.scores
+
+    @property
+    def routing(self) -> Routing:
+        """The decision as a record, with probabilities."""
+        probabilities = None if self.scores is None else router_probabilities(self.scores, self.score)
+        return Routing(self.indices, self.n_experts, probabilities, self.weights, self.valid, self.samples)
 
 
 @dataclass(eq=False)
@@ -55,6 +77,7 @@ class _Call:
     n_tokens: int = 0
     leading: tuple[int, ...] = ()
     seen: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)  # of these, when they were seen
     watch: OperationWatch | None = None
     done: bool = False
 
@@ -114,11 +137,12 @@ class RouterCapture:
         self._calls: dict[int, _Call] = {}  # open ones, by site
         self._open: list[int] = []  # sites whose block is running, the innermost last
         self._fired: set[int] = set()  # sites that ran
+        self._copied: set[tuple[int, str]] = set()  # places whose tensors are written to afterwards, by site
 
     def twin(self, deliver: Callable[[int, Decision], None]) -> RouterCapture:
         """Another capture of the same routers, read in the same way, which delivers to somebody else."""
         other = RouterCapture(self.sites, deliver, extract=self._extract, score=self._score, top_k=self._top_k)
-        other.plans, other._fired = self.plans, self._fired
+        other.plans, other._fired, other._copied = self.plans, self._fired, self._copied
         return other
 
     def settle(self) -> list[RouterSite]:
@@ -130,6 +154,7 @@ class RouterCapture:
         dropped = [site for i, site in enumerate(self.sites) if i not in kept]
         self.sites, self.plans = [self.sites[i] for i in kept], [self.plans[i] for i in kept]
         self._fired = {kept.index(i) for i in self._fired if i in kept}
+        self._copied = {(kept.index(i), place) for i, place in self._copied if i in kept}
         return dropped
 
     def reads(self, at: int) -> bool:
@@ -229,7 +254,9 @@ class RouterCapture:
             return
         for place, tensor in tensors_by_place(values, source):
             if plan is None or place in plan.places:
-                call.seen[place] = tensor.detach()
+                copied = (at, place) in self._copied
+                call.seen[place] = tensor.detach().clone() if copied else tensor.detach()
+                call.versions[place] = version_of(call.seen[place])
         if plan is not None and not plan.reads("op") and all(place in call.seen for place in plan.places):
             self._finish(at)  # at once: what follows may write to these tensors
 
@@ -250,6 +277,13 @@ class RouterCapture:
         call, site = self._calls.get(at), self.sites[at]
         if call is None or call.done or not call.n_tokens or not call.seen:
             return
+        spoilt = [place for place, tensor in call.seen.items() if version_of(tensor) != call.versions[place]]
+        if spoilt:  # written to within the block, as to mask the first choice for the second: copied from now on
+            self._copied.update((at, place) for place in spoilt)
+            self._fired.discard(at)
+            known = self.plans[at]
+            if known is None or any(place in known.places for place in spoilt):
+                return
         with torch.autocast(next(iter(call.seen.values())).device.type, enabled=False):
             if self.plans[at] is None:
                 kinds = {
@@ -262,8 +296,9 @@ class RouterCapture:
             if plan is None or any(place not in call.seen for place in plan.places):
                 return
             call.done = True
-            routing, logits = decode(plan, call.seen, call.n_tokens)
-            self._deliver(at, Decision(routing, logits, call.leading, plan.capacity))
+            indices, scores, weights = decode(plan, call.seen, call.n_tokens)
+            found = Decision(indices, plan.n_experts, scores, plan.score, weights, call.leading, plan.capacity)
+            self._deliver(at, found)
 
     def _extracted(self, at: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._run(self._extract_and_deliver, at, module, args, kwargs, output)
@@ -278,7 +313,18 @@ class RouterCapture:
             )
         self._fired.add(at)
         _, leading = _tokens(args, kwargs)
-        self._deliver(at, Decision(routing, None, leading, capacity=False))
+        found = Decision(
+            routing.indices,
+            routing.n_experts,
+            routing.probabilities,
+            "given",
+            routing.weights,
+            leading,
+            capacity=False,
+            valid=routing.valid,
+            samples=routing.samples,
+        )
+        self._deliver(at, found)
 
 
 def _tokens(args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
@@ -287,6 +333,16 @@ def _tokens(args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
         if tensor.is_floating_point() and tensor.dim() >= 2:
             return tensor.numel() // max(tensor.shape[-1], 1), tuple(tensor.shape[:-1])
     return 0, ()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to.
+
+    Example:
+        >>> version_of(torch.zeros(2).add_(1))
+        1
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _in_backward() -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynwatch.router_outputs import Kind, mask_of_tokens, slots_of_mask
 from dynwatch.router_search import RouterSite
-from dynwatch.routing import Routing, Score, router_probabilities
+from dynwatch.routing import Score, router_probabilities
 
 # Operations that show a choice, the most telling first.
 _CHOICES = ("op.scatter", "op.one_hot", "op.topk", "op.multinomial", "op.tokens")
@@ -26,11 +26,10 @@ class Plan:
         kind: What that is.
         weights: Place of the weights of chosen experts; empty if they are not seen.
         scores: Place of logits, probabilities or scores; empty if they are not seen.
-        score: How these become probabilities.
-        has_logits: Whether they are logits.
+        score: How these become probabilities; "given" if they are no logits.
 
     Example:
-        >>> Plan(4, 2, "router.2", "indices", "router.1", "router.0", "softmax", True).reads("experts")
+        >>> Plan(4, 2, "router.2", "indices", "router.1", "router.0", "softmax").reads("experts")
         False
     """
 
@@ -41,7 +40,6 @@ class Plan:
     weights: str
     scores: str
     score: Score
-    has_logits: bool
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -106,15 +104,14 @@ def make_plan(
             return None
         choice, kind = "", "probabilities"
     weights = _weights(choice, kind, k, n_tokens, seen, kinds)
-    has_logits = bool(scores) and kinds[scores] == "logits"
     how: Score = "given"
-    if has_logits:
+    if scores and kinds[scores] == "logits":
         how = score or _score_of(scores, choice if kind == "indices" else "", weights, n_tokens, seen, kinds)
-    return Plan(site.n_experts, k, choice, kind, weights, scores, how, has_logits)
+    return Plan(site.n_experts, k, choice, kind, weights, scores, how)
 
 
-def decode(plan: Plan, seen: Mapping[str, Tensor], n_tokens: int) -> tuple[Routing, Tensor | None]:
-    """The decision of one pass, and the router's logits if they are seen.
+def decode(plan: Plan, seen: Mapping[str, Tensor], n_tokens: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The chosen experts [N, k] of one pass, the router's scores [N, E] and the weights [N, k], as far as seen.
 
     Args:
         plan: From `make_plan`.
@@ -123,17 +120,16 @@ def decode(plan: Plan, seen: Mapping[str, Tensor], n_tokens: int) -> tuple[Routi
 
     Example:
         >>> import torch
-        >>> plan = Plan(3, 1, "op.topk", "indices", "", "", "given", False)
-        >>> decode(plan, {"op.topk": torch.tensor([[0], [2]])}, 2)[0].indices.tolist()
+        >>> plan = Plan(3, 1, "op.topk", "indices", "", "", "given")
+        >>> decode(plan, {"op.topk": torch.tensor([[0], [2]])}, 2)[0].tolist()
         [[0], [2]]
     """
     shape = (n_tokens, plan.n_experts)
     scores = seen[plan.scores].reshape(shape) if plan.scores else None
-    probabilities = None if scores is None else router_probabilities(scores, plan.score)
     weights = None
     if not plan.choice:
-        assert probabilities is not None
-        indices = probabilities.topk(plan.top_k, dim=-1).indices
+        assert scores is not None
+        indices = router_probabilities(scores, plan.score).topk(plan.top_k, dim=-1).indices
     elif plan.kind == "indices":
         indices = seen[plan.choice].reshape(n_tokens, -1).long()
         weights = seen[plan.weights].reshape(n_tokens, -1) if plan.weights else None
@@ -147,7 +143,7 @@ def decode(plan: Plan, seen: Mapping[str, Tensor], n_tokens: int) -> tuple[Routi
             weights = seen[plan.weights].reshape(n_tokens, -1)
     if weights is not None and not weights.is_floating_point():
         weights = None
-    return Routing(indices, plan.n_experts, probabilities, weights), scores if plan.has_logits else None
+    return indices, scores, weights
 
 
 def _choice(seen: Mapping[str, Tensor], kinds: Mapping[str, Kind | None]) -> tuple[str, Kind | None]:

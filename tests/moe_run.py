@@ -106,7 +106,7 @@ def ddp_scenarios() -> dict[str, Scenario]:
         "linear": watched,
         "dispatch": lambda: watched(module=DroppingNet()),
         "accumulated": lambda: watched(fit_with={"accumulate_grad_batches": 2}),
-        "failing_count": lambda: failing(moe_health.RouterCounts, "add", 20),
+        "failing_count": lambda: failing(moe_health.HealthTally, "add", 20),
         "failing_look": lambda: failing(moe_pathways, "sample_gates", 4),
     }
 

@@ -334,7 +334,7 @@ def test_a_failure_ends_the_monitor_and_not_the_run(
         raise RuntimeError("made to fail")
 
     if where == "counting":
-        monkeypatch.setattr(moe_health.RouterCounts, "add", fail)
+        monkeypatch.setattr(moe_health.HealthTally, "add", fail)
     else:
         monkeypatch.setattr("dynwatch.callbacks.moe_pathways.sample_gates", fail)
     _, bare = fit(tmp_path / "bare", None)
