@@ -95,7 +95,7 @@ def lr_spike(logs: Path) -> None:
 def moe(logs: Path) -> None:
     run("moe_language_model.py", "--logdir", str(logs))
     with tensorboard(logs, ["healthy_0", "collapsed_0"]) as address, browser() as chromium:
-        page = chromium.new_page(viewport={"width": 1450, "height": 455})
+        page = chromium.new_page(viewport={"width": 1450, "height": 438})
         only(page, f"{address}/#custom_scalars&_smoothingWeight=0", "Effective experts|busiest expert|samples, normal")
         page.locator(CARD, has_text="Effective experts").locator("path.line").first.wait_for(state="attached")
         page.mouse.move(700, 300)
