@@ -10,6 +10,7 @@ from dynwatch.callbacks.activations import ActivationMonitor
 from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
+from dynwatch.callbacks.ska import SKAMonitor
 from dynwatch.callbacks.step_radius import StepRadiusMonitor
 from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.watch import DynWatch
@@ -20,6 +21,7 @@ __all__ = [
     "EarlyTermination",
     "GradientNormMonitor",
     "HessianMonitor",
+    "SKAMonitor",
     "StepRadiusController",
     "StepRadiusMonitor",
 ]

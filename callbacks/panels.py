@@ -19,7 +19,8 @@ class Chart:
     Attributes:
         category: The heading under which it stands.
         title: The chart's own title.
-        tags: The scalar tags that it draws. A tag that ends in "/" stands for all tags below it.
+        tags: The scalar tags that it draws. A tag that ends in "/" stands for all tags below it, a "*" in it for
+            anything.
         pinned: Whether the first tag belongs to the main cards of the Time Series tab.
         margin: Whether it is a curve in a shaded band: `tags` are then three, (value, lower, upper). TensorBoard
             draws it for runs that have all three, at the same steps.
@@ -69,6 +70,8 @@ def layout(charts: Iterable[Chart]) -> Layout:
         {'gradients': {'total norm': ['Multiline', ['grad_norm/total$']]}}
         >>> layout([Chart("curvature", "λ", ("mid", "low", "high"), margin=True)])
         {'curvature': {'λ': ['Margin', ['mid', 'low', 'high']]}}
+        >>> layout([Chart("ska", "flow", ("ska/*/flow",))])
+        {'ska': {'flow': ['Multiline', ['ska/.*/flow$']]}}
     """
     categories: Layout = {}
     for chart in charts:
@@ -77,9 +80,12 @@ def layout(charts: Iterable[Chart]) -> Layout:
             inside[chart.title] = ["Margin", list(chart.tags)]
             continue
         # TensorBoard matches from the start of a tag, so an exact tag needs only its end.
-        patterns = [re.escape(tag) + ("" if tag.endswith("/") else "$") for tag in chart.tags]
-        inside[chart.title] = ["Multiline", patterns]
+        inside[chart.title] = ["Multiline", list(map(_pattern, chart.tags))]
     return categories
+
+
+def _pattern(tag: str) -> str:
+    return re.escape(tag).replace(r"\*", ".*") + ("" if tag.endswith("/") else "$")
 
 
 def pinned_link(charts: Iterable[Chart], port: int = 6006) -> str:

@@ -13,6 +13,7 @@ from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.report import print_start, print_summary
+from dynwatch.callbacks.ska import SKAMonitor
 from dynwatch.callbacks.step_radius import StepRadiusMonitor
 from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.stream import Stream
@@ -25,9 +26,9 @@ class DynWatch(Callback):
     starts it prints the command and the link that open its TensorBoard panels; at the end of fit a
     summary with the key figures, its own cost and the verdict.
 
-    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor` and
-    `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in dynwatch, as the host sees it,
-    as often as the Trainer logs.
+    Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor`,
+    `SKAMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in dynwatch, as
+    the host sees it, as often as the Trainer logs.
 
     Args:
         gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
@@ -44,6 +45,8 @@ class DynWatch(Callback):
             the default one, `False` leaves it out.
         controller: A `StepRadiusController` that caps steps beyond that radius, or `True` for one that looks at every
             step. Off by default: it is the one part of dynwatch that may change a run.
+        ska: Watch whether layers still change their decisions; an `SKAMonitor` of your own replaces the default one,
+            `False` leaves it out.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -62,6 +65,7 @@ class DynWatch(Callback):
         max_overhead: float = 0.05,
         step_radius: bool | StepRadiusMonitor = True,
         controller: bool | StepRadiusController = False,
+        ska: bool | SKAMonitor = True,
     ) -> None:
         super().__init__()
         for argument, value, kind in (
@@ -70,6 +74,7 @@ class DynWatch(Callback):
             ("hessian", hessian, HessianMonitor),
             ("step_radius", step_radius, StepRadiusMonitor),
             ("controller", controller, StepRadiusController),
+            ("ska", ska, SKAMonitor),
             ("stop", stop, EarlyTermination),
         ):
             if not isinstance(value, (bool, kind)):
@@ -91,13 +96,18 @@ class DynWatch(Callback):
                 step_radius = StepRadiusMonitor(max_overhead=max_overhead / 5)  # what is left goes to curvature
                 step_radius.level = logging.INFO  # nobody asked for it; the summary says so
             self.monitors.append(step_radius)
+        if ska:
+            if ska is True:
+                ska = SKAMonitor(max_overhead=max_overhead / 5)
+                ska.level = logging.INFO
+            self.monitors.append(ska)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
             raise ValueError(
-                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False) watches "
-                "nothing: turn one on or leave it out."
+                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False, ska=False) "
+                "watches nothing: turn one on or leave it out."
             )
         self.report = report
         if self.early_termination and not report:

@@ -18,6 +18,7 @@ from dynwatch.rules.plateau import Plateau
 from dynwatch.rules.replaying import Outcome, replay_readings
 from dynwatch.rules.rulebook import Rulebook, apply_actions
 from dynwatch.rules.sharpness import Sharpness
+from dynwatch.rules.ska_equilibrium import SKAEquilibrium
 from dynwatch.rules.stop_when import StopWhen
 from dynwatch.rules.vanishing_gradients import VanishingGradients
 
@@ -38,6 +39,7 @@ __all__ = [
     "Replayed",
     "Rule",
     "Rulebook",
+    "SKAEquilibrium",
     "Sharpness",
     "StopWhen",
     "VanishingGradients",

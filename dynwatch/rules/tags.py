@@ -28,6 +28,9 @@ BATCH_SHARPNESS = "hessian/batch_sharpness"  # gᵀHg / gᵀg of a training batc
 # At sparse steps: how long the step was, over the radius within which the softmax loss can be trusted.
 STEP = "step_radius/r"
 
+# At sparse steps: how far flow and entropy steps of all layers have come down from their peaks.
+EQUILIBRIUM = "ska/equilibrium"
+
 # All of the above, which no metric of the user's and no rule may be called.
 OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))
 
