@@ -134,6 +134,7 @@ class SKAMonitor(Monitor):
 
     def _forget(self) -> None:
         self._probe: Any = None
+        self._lazy = False
         self._attempts = 0  # batches on which no layer ran
         self._taken = 0  # probes after the first
         self._layers: dict[str, LayerKnowledge] = {}  # by use of a module
@@ -198,10 +199,13 @@ class SKAMonitor(Monitor):
         if self._reason or self._layers:
             return
         if self._probe is None:
-            own = batch if isinstance(self.probe, str) else moved(self.probe, pl_module.device)
-            self._probe = cloned(beginning(own, self.max_samples))
+            # Where it cannot be kept the pass says so, in which other ranks wait.
+            with contextlib.suppress(Exception):
+                own = batch if isinstance(self.probe, str) else moved(self.probe, pl_module.device)
+                self._probe = cloned(beginning(own, self.max_samples))
         # A pass would give lazy modules their shapes, and draw their weights.
-        if not any(map(is_lazy, pl_module.parameters())):
+        self._lazy = any(map(is_lazy, pl_module.parameters()))
+        if not self._lazy:
             self._first_probe(trainer, pl_module)
 
     def measure_gradients(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -215,7 +219,7 @@ class SKAMonitor(Monitor):
             if self._layers:
                 self._timed(pl_module, whole=True, probe=lambda: self._measure(trainer, pl_module))
                 self._taken += 1
-            else:
+            elif self._lazy:
                 self._first_probe(trainer, pl_module)
         stream, step = Stream.of(trainer), Stream.step(trainer)
         if self._budget is not None and not self._reason and (step + 1) % logging_interval(trainer) == 0:
