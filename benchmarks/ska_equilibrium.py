@@ -86,6 +86,7 @@ def run(optimizer: str, lr: float, seed: int, steps: int) -> Row:
             child.reset_parameters()
     losses = Losses(train, unseen)
     stop = EarlyTermination([SKAEquilibrium(action="shadow")])
+    stop.prints = False
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",

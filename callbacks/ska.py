@@ -247,15 +247,17 @@ class SKAMonitor(Monitor):
     def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which modules run on the probe batch; all ranks go on only if there are some on each."""
         uses: list[str] = []
-        modules = readable_modules(pl_module)
+        kept: list[str] = []
+        last = ""
         error: Exception | None = None
-        try:
+        modules = readable_modules(pl_module)
+        try:  # the run first, in which other ranks wait
             self._run(trainer, pl_module, modules, lambda use, module, output: uses.append(use))
+            chosen = matching(list(modules), self.layers)
+            last = module_of(uses[-1]) if uses else ""
+            kept = [use for use in uses if module_of(use) in chosen and (self.include_last or module_of(use) != last)]
         except Exception as raised:
             error = raised
-        last = module_of(uses[-1]) if uses else ""
-        chosen = matching(list(modules), self.layers)
-        kept = [use for use in uses if module_of(use) in chosen and (self.include_last or module_of(use) != last)]
         self._attempts += 1
         if all_could(bool(kept), self._ranks, pl_module.device):
             kept = kept[:: -(-len(kept) // self.max_layers)]

@@ -28,14 +28,14 @@ class Fading(Net):
 
 def train(folder: Path, version: str, killed: bool, checkpoint: Path | None = None) -> EarlyTermination:
     """Train with event files in folder/version and checkpoints in folder/version/checkpoints."""
-    stop = EarlyTermination([SKAEquilibrium(action="stop", patience=3, min_steps=20)], min_steps=0)
+    stop = EarlyTermination([SKAEquilibrium(action="stop", patience=3, min_steps=20)], check_every_n_steps=7)
     saves = ModelCheckpoint(
         folder / version / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=SAVED_AT
     )
     end = [Killed(KILLED_AT)] if killed else []
     trainer = runs.trainer(
         folder,
-        # Every third step, and looked at each fifth: the checkpoint lies between a probe and its flush.
+        # Every third step, and looked at each seventh: the checkpoint lies between a probe and its flush.
         [SKAMonitor(every_n_steps=3, include_last=True, time="steps"), stop, saves, *end],
         logger=TensorBoardLogger(folder, name=None, version=version, default_hp_metric=False),
         log_every_n_steps=7,
