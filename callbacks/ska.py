@@ -333,7 +333,10 @@ class SKAMonitor(Monitor):
         }
         readings = self._readings.take(step, self._layers, sums, raw[_TIME], round(raw[_STEPS]))
         if self._stream is not None:
-            self._stream.remarks.update(self._readings.remarks(self.time))
+            remarks = self._stream.remarks
+            for subject in [known for known in remarks if known.startswith("ska")]:
+                del remarks[subject]  # it may have ended
+            remarks.update(self._readings.remarks(self.time))
         return readings
 
     @isolated

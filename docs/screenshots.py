@@ -1,6 +1,6 @@
 """Takes the pictures in docs/images of the examples, as TensorBoard shows them.
 
-    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike]
+    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike] [ska]
 
 Needs Chromium and playwright. Without an argument it takes all. In that of the digits the gradient,
 update and loss charts are set to a logarithmic scale, with the button that each chart has: on a linear one the
@@ -37,6 +37,7 @@ MARGIN_CARD = "tf-custom-scalar-margin-chart-card"
 
 def main() -> None:
     takers = {"digits": digits, "edge_of_stability": edge_of_stability, "batch_size": batch_size, "lr_spike": lr_spike}
+    takers["ska"] = ska
     parser = argparse.ArgumentParser(description="Takes the pictures in docs/images.")
     parser.add_argument("examples", nargs="*", metavar="example", help=f"of {', '.join(takers)}; all if none is named")
     IMAGES.mkdir(exist_ok=True)
@@ -84,6 +85,11 @@ def lr_spike(logs: Path) -> None:
         card.get_by_title("Toggle y-axis log scale").click()
         card.get_by_title("Fit domain to data").click()
         save(page, "lr_spike.png")
+
+
+def ska(logs: Path) -> None:
+    run("ska_forward_only.py", "--logdir", str(logs), "--picture", str(IMAGES / "ska.png"))
+    check_size(IMAGES / "ska.png")
 
 
 def curvature(page: Page, address: str) -> None:

@@ -178,7 +178,8 @@ def table(runs: dict[float, Run]) -> list[str]:
     lines += [f"{'eta':>8}{'passes':>8}" + "".join(f"{head:>9}" for head in heads * 2) + f"{'equilibrium':>14}"]
     for lr, run in runs.items():
         times = [last_crossing(curve) for curve in run.curves["net"]] + [peak(curve) for curve in run.curves["flow"]]
-        lines.append(f"{lr:8g}{run.passes:8}" + "".join(f"{time:9.3f}" for time in times) + f"{run.settled:14.3f}")
+        columns = "".join(f"{'-' if math.isnan(time) else f'{time:.3f}':>9}" for time in times)
+        lines.append(f"{lr:8g}{run.passes:8}{columns}{run.settled:14.3f}")
     return lines
 
 
