@@ -24,8 +24,8 @@ from dynwatch.callbacks.learning_time import LearningTime
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.probe import Forward
-from dynwatch.callbacks.ska_readings import EQUILIBRIUM, KINDS, NETWORK, Readings
-from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
+from dynwatch.callbacks.ska_readings import EQUILIBRIUM, NETWORK, Readings
+from dynwatch.callbacks.stream import Stream, logging_interval
 from dynwatch.rules.base import check_count
 from dynwatch.ska_layer import SUMS, LayerKnowledge
 
@@ -150,14 +150,21 @@ class SKAMonitor(Monitor):
         if self._reason:
             return ()
         category = "dynwatch · SKA"
-        by_layer = {kind: (f"ska/*/{kind}",) for kind in KINDS}
+        titles = {
+            "entropy": "Entropy since the first probe by layer",
+            "flow": "Knowledge flow by layer",
+            "alignment": "Alignment by layer",
+            "net": "Tensor Net of the step by layer",
+            "entropy_published": "Entropy of the step, as published, by layer",
+            "norm": "Size of the pre-activations by layer",
+        }
+        by_layer = [Chart(category, title, (f"ska/*/{kind}",)) for kind, title in titles.items()]
         return (
-            Chart(category, "Entropy since the first probe, all layers", (NETWORK["entropy"],), pinned=True),
+            Chart(category, "Entropy since the first probe, mean of the layers", (NETWORK["entropy"],), pinned=True),
             Chart(category, "Equilibrium: flow and entropy steps over their peaks", (EQUILIBRIUM,)),
-            Chart(category, "Entropy since the first probe by layer", by_layer["entropy"]),
-            Chart(category, "Knowledge flow by layer", by_layer["flow"]),
-            Chart(category, "Alignment by layer", by_layer["alignment"]),
-            Chart(category, "Tensor Net of the step by layer", by_layer["net"]),
+            Chart(category, "Knowledge flow, mean of the layers", (NETWORK["flow"],)),
+            *by_layer,
+            Chart(category, "Time since the first probe, at the peak of flow and at equilibrium", ("ska/*time",)),
         )
 
     # --- on the training process
@@ -338,13 +345,6 @@ class SKAMonitor(Monitor):
                 del remarks[subject]  # it may have ended
             remarks.update(self._readings.remarks(self.time))
         return readings
-
-    @isolated
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        text = self._readings.remarks(self.time).get(NETWORK["peak_time"])
-        for writer in tensorboard_writers(trainer):
-            if text:
-                writer.add_text("ska/characteristic_time", text, global_step=max(Stream.step(trainer) - 1, 0))
 
     # --- state
 
