@@ -61,7 +61,7 @@ def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             torch.manual_seed(0)
             hessian = HessianMonitor(every_n_steps=2, full_every_n_readings=1)
             gradients = GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1)
-            radius, ska = StepRadiusMonitor(every_n_steps=1), SKAMonitor(every_n_steps=1)
+            radius, ska = StepRadiusMonitor(every_n_steps=1), SKAMonitor(every_n_steps=1, include_last=True)
             watch = DynWatch(gradients, hessian=hessian, step_radius=radius, ska=ska)
             logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
             trainer = runs.trainer(folder, [watch], logger=logger, gradient_clip_val=1.0, max_epochs=5)
