@@ -378,6 +378,8 @@ class SKAMonitor(Monitor):
     def release(self) -> None:
         if self._probe is not None:  # a checkpoint after the fit still has it
             self._probe = moved(self._probe, torch.device("cpu"))
+        for layer in self._layers.values():
+            layer.load_state_dict(moved(layer.state_dict(), torch.device("cpu")))
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from dynwatch.callbacks import DynWatch, EarlyTermination, SKAMonitor
 from dynwatch.callbacks.knowledge import fixed_part
+from dynwatch.callbacks.learning_time import LearningTime
 from dynwatch.callbacks.stream import Stream
 from dynwatch.rules import SKAEquilibrium, replay
 
@@ -244,6 +245,24 @@ def test_memory_is_one_float_a_tracked_unit_and_sample(tmp_path: Path) -> None:
     fit(tmp_path, monitor)
     held = [layer.state_dict()["before"] for layer in monitor._layers.values()]
     assert [(part.dtype, part.shape[0], part.shape[1] * part.shape[2]) for part in held] == [(torch.float32, 4, 3)] * 2
+
+
+def test_the_sum_of_rates() -> None:
+    """The largest of a step's groups and optimizers, each as often as it steps; tensors of rates are copied."""
+    p = nn.Parameter(torch.zeros(1))
+    one = torch.optim.SGD([{"params": [p], "lr": 0.1}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3}], lr=1.0)
+    two = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.2))
+    time, like = LearningTime(), torch.zeros(1, dtype=torch.float64)
+    for optimizers in ([one], [one, two], [two, two], []):
+        for optimizer in optimizers:
+            time.note(optimizer)
+        time.step()
+    two.param_groups[0]["lr"].fill_(9.0)
+    assert time.so_far("lr", like).tolist() == pytest.approx([0.3 + 0.3 + 0.4, 4])
+    assert time.so_far("steps", like).tolist() == [4, 4]
+    again = LearningTime()
+    again.load_state(time.state())
+    assert again.so_far("lr", like).tolist() == pytest.approx([1.0, 4])
 
 
 # --- where there is nothing to measure
