@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 import warnings
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class Row:
     end: float
 
 
-def run(optimizer: str, lr: float, seed: int, steps: int) -> Row:
+def run(optimizer: str, lr: float, seed: int, steps: int, folder: str) -> Row:
     pl.seed_everything(seed, verbose=False)
     x, y = digits()
     order = torch.randperm(len(y))
@@ -91,6 +92,7 @@ def run(optimizer: str, lr: float, seed: int, steps: int) -> Row:
         max_steps=steps,
         accelerator="cpu",
         logger=False,
+        default_root_dir=folder,
         callbacks=[SKAMonitor(every_n_steps=EVERY), stop, losses],
         log_every_n_steps=EVERY,
         enable_progress_bar=False,
@@ -125,7 +127,8 @@ def main() -> None:
         )
         rows = []
         for seed in range(asked.seeds):
-            row = run(optimizer, lr, seed, asked.steps)
+            with tempfile.TemporaryDirectory() as folder:  # verdicts are written down
+                row = run(optimizer, lr, seed, asked.steps, folder)
             rows.append(row)
             print(
                 f"{seed:4}{row.flat:9}{row.fired or '-':>10}{row.done:11.2%}{row.train:12.5f}{row.unseen:10.4f}"
