@@ -16,7 +16,7 @@ from runs import Classifier, data, scalars, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynwatch.callbacks import DynWatch, EarlyTermination, SKAMonitor
+from dynwatch.callbacks import DynWatch, EarlyTermination, SKAMonitor, ska
 from dynwatch.callbacks.knowledge import fixed_part
 from dynwatch.callbacks.learning_time import LearningTime
 from dynwatch.callbacks.stream import Stream
@@ -484,6 +484,25 @@ def test_a_callback_can_fit_twice(tmp_path: Path) -> None:
     assert all(first[tag] == again[tag] for tag in first.keys() | again.keys() if tag.startswith("ska/"))
     other = fit(tmp_path / "c", monitor, model=Deep(net=nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 4))))
     assert layers(other) == ["net.0"] and monitor.off is None
+
+
+def test_a_probe_that_is_not_saved_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume the next batch is the probe and entropies count from there; peaks and times go on."""
+    monkeypatch.setattr(ska, "_MOST_SAVED_BYTES", 0)
+    run = trainer(tmp_path / "a", [SKAMonitor(every_n_steps=4)], max_epochs=1)
+    run.fit(Deep(), data())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    before = scalars(tmp_path / "a" / "run")
+    monitor = SKAMonitor(every_n_steps=4)
+    again = trainer(tmp_path / "b", [monitor], max_epochs=2)
+    again.fit(Deep(), data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    after = scalars(tmp_path / "b" / "run")
+    assert monitor.off is None and layers(after) == ["net.0", "net.2"]
+    assert after["ska/net.0/entropy"][0] == (8, 0.0) and after["ska/net.0/flow"][0][0] == 11
+    assert after["ska/time"][0][1] == before["ska/time"][-1][1] < after["ska/time"][-1][1]
+    peak = max(before["ska/flow"] + after["ska/flow"], key=lambda reading: reading[1])[0]
+    clock = dict(before["ska/time"] + after["ska/time"])
+    assert after["ska/peak_time"][-1][1] == pytest.approx(clock[peak])
 
 
 def test_a_fast_run_is_read_too(tmp_path: Path) -> None:
