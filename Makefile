@@ -19,6 +19,7 @@ bench: .venv/installed  ## what is claimed about cost
 	$(BIN)/python benchmarks/gradient_norms.py
 	$(BIN)/python benchmarks/rule_cost.py
 	$(BIN)/python benchmarks/step_radius.py
+	$(BIN)/python benchmarks/ska.py
 
 zoo: .venv/installed  ## a zoo of real runs, and what the rules say of each (about a quarter of an hour)
 	$(BIN)/python benchmarks/runs/record.py

@@ -11,6 +11,7 @@ from dynwatch.callbacks.early_termination import EarlyTermination
 from dynwatch.callbacks.gradients import GradientNormMonitor
 from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.moe import MoEPathwayMonitor
+from dynwatch.callbacks.ska import SKAMonitor
 from dynwatch.callbacks.step_radius import StepRadiusMonitor
 from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.watch import DynWatch
@@ -22,6 +23,7 @@ __all__ = [
     "GradientNormMonitor",
     "HessianMonitor",
     "MoEPathwayMonitor",
+    "SKAMonitor",
     "StepRadiusController",
     "StepRadiusMonitor",
 ]

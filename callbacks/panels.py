@@ -87,6 +87,8 @@ def layout(charts: Iterable[Chart]) -> Layout:
         {'gradients': {'total norm': ['Multiline', ['grad_norm/total$']]}}
         >>> layout([Chart("curvature", "λ", ("mid", "low", "high"), margin=True)])
         {'curvature': {'λ': ['Margin', ['mid', 'low', 'high']]}}
+        >>> layout([Chart("ska", "flow", ("ska/*/flow",))])
+        {'ska': {'flow': ['Multiline', ['ska/[^/]*/flow$']]}}
     """
     categories: Layout = {}
     for chart in charts:
@@ -106,8 +108,7 @@ def pinned_link(charts: Iterable[Chart], port: int = 6006) -> str:
         >>> pinned_link([Chart("gradients", "total norm", ("a",), pinned=True)])
         'http://localhost:6006/?pinnedCards=%5B%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22a%22%7D%5D&smoothing=0#timeseries'
     """
-    pins = [{"plugin": "scalars", "tag": chart.tags[0].replace("*", "0")} for chart in charts if chart.pinned][
-        :MOST_PINS
-    ]
+    tags = [chart.tags[0].replace("*", "0") for chart in charts if chart.pinned]
+    pins = [{"plugin": "scalars", "tag": tag} for tag in tags[:MOST_PINS]]
     cards = quote(json.dumps(pins, separators=(",", ":")), safe="")
     return f"http://localhost:{port}/?pinnedCards={cards}&smoothing=0#timeseries"

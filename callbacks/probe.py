@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,7 @@ class ProbePass:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._sandbox)
             stack.enter_context(eager(self._module, "hooks do not fire in compiled ones"))
+            stack.enter_context(_no_fast_path())
             self._undo = stack.pop_all()
         return self
 
@@ -116,3 +117,17 @@ class ProbePass:
         if self._stage == "validate":
             return self._module.validation_step(batch, batch_idx)
         return run_training_step(self._trainer, self._module, batch, batch_idx)
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers of torch's own as they are written, not as one fused kernel, in which no module runs."""
+    backend: Any = getattr(torch.backends, "mha", None)  # torch 2.4 or newer
+    if backend is None or not backend.get_fastpath_enabled():
+        yield
+        return
+    backend.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        backend.set_fastpath_enabled(True)

@@ -14,6 +14,7 @@ from dynwatch.callbacks.hessian import HessianMonitor
 from dynwatch.callbacks.moe import MoEPathwayMonitor
 from dynwatch.callbacks.namespaces import Callback, LightningModule, Trainer
 from dynwatch.callbacks.report import print_start, print_summary
+from dynwatch.callbacks.ska import SKAMonitor
 from dynwatch.callbacks.step_radius import StepRadiusMonitor
 from dynwatch.callbacks.step_radius_controller import StepRadiusController
 from dynwatch.callbacks.stream import Stream
@@ -27,8 +28,8 @@ class DynWatch(Callback):
     summary with the key figures, its own cost and the verdict.
 
     Logs everything that `GradientNormMonitor`, `ActivationMonitor`, `HessianMonitor`, `StepRadiusMonitor`,
-    `MoEPathwayMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time spent in
-    dynwatch, as the host sees it, as often as the Trainer logs.
+    `MoEPathwayMonitor`, `SKAMonitor` and `EarlyTermination` log, and `dynwatch/overhead`: the share of the run's time
+    spent in dynwatch, as the host sees it, as often as the Trainer logs.
 
     Args:
         gradients: Watch gradient norms and update-to-weight ratios; a `GradientNormMonitor` of your own
@@ -47,6 +48,8 @@ class DynWatch(Callback):
             step. Off by default: it is the one part of dynwatch that may change a run.
         moe: Watch mixtures of experts, if the model has any; a `MoEPathwayMonitor` of your own replaces the default
             one, `False` leaves it out.
+        ska: Watch whether layers still change their decisions; an `SKAMonitor` of your own replaces the default one,
+            `False` leaves it out.
 
     Raises:
         ValueError: If everything is left out, or an argument is of another kind.
@@ -66,6 +69,7 @@ class DynWatch(Callback):
         step_radius: bool | StepRadiusMonitor = True,
         controller: bool | StepRadiusController = False,
         moe: bool | MoEPathwayMonitor = True,
+        ska: bool | SKAMonitor = True,
     ) -> None:
         super().__init__()
         for argument, value, kind in (
@@ -75,6 +79,7 @@ class DynWatch(Callback):
             ("step_radius", step_radius, StepRadiusMonitor),
             ("controller", controller, StepRadiusController),
             ("moe", moe, MoEPathwayMonitor),
+            ("ska", ska, SKAMonitor),
             ("stop", stop, EarlyTermination),
         ):
             if not isinstance(value, (bool, kind)):
@@ -97,13 +102,19 @@ class DynWatch(Callback):
                 step_radius.level = logging.INFO  # nobody asked for it; the summary says so
             self.monitors.append(step_radius)
         if moe:
-            self.monitors.append(MoEPathwayMonitor(max_overhead=max_overhead / 5) if moe is True else moe)
+            self.monitors.append(MoEPathwayMonitor(max_overhead=max_overhead / 10) if moe is True else moe)
+        if ska:
+            if ska is True:
+                ska = SKAMonitor(max_overhead=max_overhead / 10)
+                ska.level = logging.INFO
+            self.monitors.append(ska)
         self.early_termination = (EarlyTermination() if stop is True else stop) if stop else None
         if self.early_termination:
             self.monitors.append(self.early_termination)  # last: it reads what the others measured
         if not self.monitors:
             raise ValueError(
-                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False, moe=False) "
+                "DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False, moe=False, "
+                "ska=False) "
                 "watches nothing: turn one on or leave it out."
             )
         self.report = report

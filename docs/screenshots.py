@@ -1,6 +1,6 @@
 """Takes the pictures in docs/images of the examples, as TensorBoard shows them.
 
-    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike] [moe]
+    python docs/screenshots.py [digits] [edge_of_stability] [batch_size] [lr_spike] [moe] [ska]
 
 Needs Chromium and playwright. Without an argument it takes all. In that of the digits the gradient,
 update and loss charts are set to a logarithmic scale, with the button that each chart has: on a linear one the
@@ -42,6 +42,7 @@ def main() -> None:
         "batch_size": batch_size,
         "lr_spike": lr_spike,
         "moe": moe,
+        "ska": ska,
     }
     parser = argparse.ArgumentParser(description="Takes the pictures in docs/images.")
     parser.add_argument("examples", nargs="*", metavar="example", help=f"of {', '.join(takers)}; all if none is named")
@@ -101,6 +102,11 @@ def moe(logs: Path) -> None:
         page.mouse.move(700, 300)
         page.mouse.wheel(0, -1000)  # folding has scrolled
         save(page, "moe.png")
+
+
+def ska(logs: Path) -> None:
+    run("ska_forward_only.py", "--logdir", str(logs), "--picture", str(IMAGES / "ska.png"))
+    check_size(IMAGES / "ska.png")
 
 
 def curvature(page: Page, address: str) -> None:

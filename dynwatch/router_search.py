@@ -191,9 +191,9 @@ def _scores(module: nn.Module, count: int) -> bool:
     """Whether a module may score so many experts."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False
-    parameters = list(module.parameters())
+    parameters = _parameters(module)
     flat = [
-        p for p in module.parameters(recurse=False) if p.dim() == 1 and p.numel() > count and p.numel() % count == 0
+        p for p in _parameters(module, recurse=False) if p.dim() == 1 and p.numel() > count and p.numel() % count == 0
     ]
     matrix = any(p.dim() == 2 and count in p.shape for p in parameters)
     says = _attribute((module,), _COUNTS) == count

@@ -220,6 +220,19 @@ class LayerKnowledge:
             numbers = dict.fromkeys(_NUMBERS, math.nan)
         return KnowledgeReading(reason, round(elements), round(non_finite), **numbers)
 
+    def restart(self) -> None:
+        """Forget the stored tensor, as when the samples are others: the next probe begins anew.
+
+        Example:
+            >>> layer = LayerKnowledge()
+            >>> for z in (0.5, 1.0):
+            ...     reading = layer.read(layer.measure(torch.tensor([z])).tolist())
+            ...     layer.restart()
+            >>> reading.reason
+            'reshaped'
+        """
+        self._before = None
+
     def state_dict(self) -> dict[str, Any]:
         """What later readings depend on: numbers, and the stored tensor, which is this rank's own."""
         return {

@@ -21,6 +21,7 @@ from dynwatch.rules.router_collapse import RouterCollapse
 from dynwatch.rules.router_logits import RouterLogits
 from dynwatch.rules.rulebook import Rulebook, apply_actions
 from dynwatch.rules.sharpness import Sharpness
+from dynwatch.rules.ska_equilibrium import SKAEquilibrium
 from dynwatch.rules.stop_when import StopWhen
 from dynwatch.rules.vanishing_gradients import VanishingGradients
 
@@ -44,6 +45,7 @@ __all__ = [
     "RouterLogits",
     "Rule",
     "Rulebook",
+    "SKAEquilibrium",
     "Sharpness",
     "StopWhen",
     "VanishingGradients",

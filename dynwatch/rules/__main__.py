@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dynwatch.rules import default_rules
 from dynwatch.rules.old_logs import replay
+from dynwatch.rules.ska_equilibrium import SKAEquilibrium
 from dynwatch.rules.stop_when import StopWhen
 
 
@@ -14,7 +15,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dynwatch.rules",
         description="At which step would each rule have fired in past runs? Reads TensorBoard logs, made with "
-        "dynwatch or without, and asks the default rules.",
+        "dynwatch or without, and asks the default rules and ska_equilibrium.",
     )
     parser.add_argument("logdir", metavar="LOGDIR", help="folder with event files at any depth, or one event file")
     parser.add_argument("--loss", metavar="TAG", help="the training loss, in logs without stop/loss")
@@ -31,7 +32,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     )
     asked = parser.parse_args(arguments)
     try:
-        rules = [*default_rules(), *(StopWhen(expression) for expression in asked.when)]
+        rules = [*default_rules(), SKAEquilibrium(), *(StopWhen(expression) for expression in asked.when)]
         replayed = replay(
             asked.logdir, rules, loss=asked.loss, val_loss=asked.val_loss, planned_steps=asked.planned_steps
         )

@@ -36,6 +36,8 @@ EFFECTIVE_EXPERTS = "moe/layer_*/effective_experts"  # exponential of the load's
 MAX_LOAD = "moe/layer_*/max_load"  # share of the tokens that chose the busiest expert, k/E when balanced
 DEAD_EXPERTS = "moe/layer_*/dead_experts"  # how many no token has chosen for a window of looks
 Z_LOSS = "moe/layer_*/z_loss"  # mean over tokens of the squared logsumexp of the router's logits
+# At sparse steps: how far flow and entropy steps of all layers have come down from their peaks.
+EQUILIBRIUM = "ska/equilibrium"
 
 # All of the above, which no metric of the user's and no rule may be called.
 OWN = frozenset(tag for name, tag in list(globals().items()) if name.isupper() and isinstance(tag, str))

@@ -209,7 +209,8 @@ def test_an_unknown_layer_pattern(pattern: str, message: str, wrap: Any, tmp_pat
 def test_dynwatch_without_anything() -> None:
     """Leaving out all parts is refused."""
     with pytest.raises(ValueError, match="watches nothing: turn one on or leave it out"):
-        DynWatch(gradients=False, stop=False, activations=False, hessian=False, step_radius=False, moe=False)
+        off = dict.fromkeys(("gradients", "stop", "activations", "hessian", "step_radius", "moe", "ska"), False)
+        DynWatch(**off)
 
 
 def test_two_monitors_of_one_class(tmp_path: Path) -> None:

@@ -142,6 +142,11 @@ trainer:
           init_args:
             r_max: .inf
             lr_jump: 10
+        ska:
+          class_path: dynwatch.callbacks.SKAMonitor
+          init_args:
+            layers: [net]
+            time: steps
         stop:
           class_path: dynwatch.callbacks.EarlyTermination
           init_args:
@@ -151,6 +156,7 @@ trainer:
               plateau: off
             rules:
               - class_path: dynwatch.rules.Plateau
+              - class_path: dynwatch.rules.SKAEquilibrium
               - class_path: dynwatch.rules.StopWhen
                 init_args:
                   expression: val_loss > 3 for 2 readings
@@ -161,7 +167,8 @@ trainer:
     )
     cli = build(pl, tmp_path, f"--config={config}")
     watch = the_watch(cli)
-    controller, gradients, _, hessian, radius, stop = watch.monitors
+    controller, gradients, _, hessian, radius, ska, stop = watch.monitors
+    assert (ska.layers, ska.time, ska.every_n_steps) == (["net"], "steps", 50)
     assert (controller.r_max, controller.lr_jump, controller.every_n_steps) == (float("inf"), 10, 1)
     assert (radius.every_n_steps, radius.b2, radius._look.method) == (2, True, "reverse")
     assert isinstance(gradients, GradientNormMonitor) and isinstance(stop, EarlyTermination)
@@ -170,7 +177,8 @@ trainer:
     assert (hessian.every_n_steps, hessian.probe_batch, hessian.batch_sizes) == (2, "current", [4, 1024])
     assert (hessian.method, hessian.max_samples) == ("exact", 128)
     assert stop.min_steps == 7
-    condition, rule = stop.rules  # YAML reads off as False, and the plateau rule is left out all the same
+    settled, condition, rule = stop.rules  # YAML reads off as False, and the plateau rule is left out all the same
+    assert settled.name == "ska_equilibrium" and settled.action == "warn"
     assert condition.name == "when_val_loss" and condition.action == "stop"
     assert isinstance(rule, Divergence) and rule.patience == 50 and rule.action == "shadow"
     cli.trainer.fit(cli.model, runs.data())

@@ -29,6 +29,7 @@ from dynwatch.callbacks import (
     GradientNormMonitor,
     HessianMonitor,
     MoEPathwayMonitor,
+    SKAMonitor,
     StepRadiusController,
     StepRadiusMonitor,
 )
@@ -49,6 +50,7 @@ MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "step_radius": lambda: StepRadiusMonitor(every_n_steps=1, b2=True),
     "controller": lambda: StepRadiusController(r_max=math.inf),
     "moe": lambda: MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=1, memorized=True),
+    "ska": lambda: SKAMonitor(every_n_steps=1, include_last=True),
     "early_termination": EarlyTermination,
     "user_metrics": lambda: EarlyTermination([StopWhen(c, name, action="warn") for name, c in CONDITIONS.items()]),
     "dynwatch": DynWatch,
@@ -184,6 +186,8 @@ def test_a_monitor_changes_no_bit(run: str, monitor: str, bare: Callable[[str], 
             part.loss = lambda module, batch: module._loss(batch)
         if isinstance(part, (StepRadiusMonitor, StepRadiusController)) and RUNS[run][0] is Manual:
             part._look.logits = lambda module, batch: module(batch[0])
+        if isinstance(part, SKAMonitor) and RUNS[run][0] is Manual:
+            part.forward = lambda module, batch: module._loss(batch)
     watched = train(run, tmp_path, watch)
     assert differences(bare(run), watched) == []
     for part in getattr(watch, "monitors", [watch]):

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, StepRadiusMonitor
+from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, SKAMonitor, StepRadiusMonitor
 from dynwatch.callbacks.panels import MOST_PINS, Chart, layout, pinned_link
 from dynwatch.callbacks.stream import Stream
 
@@ -40,8 +40,9 @@ def watch(**settings: Any) -> DynWatch:
     """DynWatch with all of its monitors at every step, and quiet."""
     defaults = {"every_n_steps": 1, "update_ratio_every_n_steps": 1}
     hessian = HessianMonitor(every_n_steps=3, full_every_n_readings=2)
-    radius = StepRadiusMonitor(every_n_steps=2)
-    return DynWatch(GradientNormMonitor(**(defaults | settings)), hessian=hessian, step_radius=radius, report=False)
+    radius, ska = StepRadiusMonitor(every_n_steps=2), SKAMonitor(every_n_steps=2)
+    norms = GradientNormMonitor(**(defaults | settings))
+    return DynWatch(norms, hessian=hessian, step_radius=radius, ska=ska, report=False)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_a_run_has_one_layout_and_each_of_its_charts_has_data(tmp_path: Path) ->
     fit = runs.trainer(tmp_path, [watch()], max_epochs=6, accumulate_grad_batches=2, gradient_clip_val=0.1)
     fit.fit(runs.Classifier(), runs.data())
     (written,) = layouts_in(tmp_path)
-    categories = ["dynwatch · gradients", "dynwatch · curvature", "dynwatch · step radius", "dynwatch · run"]
-    assert [category.title for category in written.category] == categories
+    categories = ["gradients", "curvature", "step radius", "SKA", "run"]
+    assert [category.title for category in written.category] == [f"dynwatch · {name}" for name in categories]
     charts = [chart for category in written.category for chart in category.chart]
     bands = [re.escape(tag) + "$" for c in charts for s in c.margin.series for tag in (s.value, s.lower, s.upper)]
     patterns = [tag for chart in charts for tag in chart.multiline.tag] + bands

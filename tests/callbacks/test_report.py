@@ -69,7 +69,7 @@ def is_to_copy(line: str) -> bool:
 def test_a_good_run_ends_with_its_readings_and_no_objection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The summary names what was watched, each main tag with four figures and a curve, the cost and the verdict."""
     out = printed(capsys, tmp_path, DynWatch(every_step()))
-    watched = "GradientNormMonitor, HessianMonitor, StepRadiusMonitor, EarlyTermination"
+    watched = "GradientNormMonitor, HessianMonitor, StepRadiusMonitor, SKAMonitor, EarlyTermination"
     assert f"dynwatch watches this run: {watched}." in in_one_line(out)
     for tag in ("grad_norm/total", "grad_norm/clipped", "stop/loss", "grad_norm/layer/net.0", "update_ratio/net.2"):
         assert re.search(rf"^ *{tag} +\S+ +\S+ +\S+ +[▁▂▃▄▅▆▇█]+ *$", out, re.MULTILINE), tag

@@ -19,7 +19,14 @@ from moe_model import Model, texts
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from dynwatch.callbacks import DynWatch, GradientNormMonitor, HessianMonitor, MoEPathwayMonitor, StepRadiusMonitor
+from dynwatch.callbacks import (
+    DynWatch,
+    GradientNormMonitor,
+    HessianMonitor,
+    MoEPathwayMonitor,
+    SKAMonitor,
+    StepRadiusMonitor,
+)
 from dynwatch.callbacks.panels import Chart, layout
 
 if TYPE_CHECKING:
@@ -62,7 +69,8 @@ def seen(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             torch.manual_seed(0)
             hessian = HessianMonitor(every_n_steps=2, full_every_n_readings=1)
             gradients = GradientNormMonitor(every_n_steps=1, update_ratio_every_n_steps=1)
-            watch = DynWatch(gradients, hessian=hessian, step_radius=StepRadiusMonitor(every_n_steps=1))
+            radius, ska = StepRadiusMonitor(every_n_steps=1), SKAMonitor(every_n_steps=1, include_last=True)
+            watch = DynWatch(gradients, hessian=hessian, step_radius=radius, ska=ska)
             logger = TensorBoardLogger(folder, name=None, version=name, default_hp_metric=False)
             trainer = runs.trainer(folder, [watch], logger=logger, gradient_clip_val=1.0, max_epochs=5)
             trainer.fit(runs.Classifier(bad_at=bad_at), runs.data())
@@ -122,6 +130,18 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
             "Change of the loss in a step, predicted and actual",
             "Radius and length of the step",
         ],
+        "dynwatch · SKA": [
+            "Entropy since the first probe, mean of the layers",
+            "Equilibrium: flow and entropy steps over their peaks",
+            "Knowledge flow, mean of the layers",
+            "Entropy since the first probe by layer",
+            "Knowledge flow by layer",
+            "Alignment by layer",
+            "Tensor Net of the step by layer",
+            "Entropy of the step, as published, by layer",
+            "Size of the pre-activations by layer",
+            "Time since the first probe, at the peak of flow and at equilibrium",
+        ],
         "dynwatch · run": [
             "Loss, and the limit above which it diverges",
             "Share of the run's time spent in dynwatch",
@@ -136,6 +156,7 @@ def test_custom_scalars_tab_shows_our_categories_and_charts_by_name(seen: Seen, 
         "Gradient norm by layer",
         "Normalised step r (risk above 1, alarm above 4)",
         "Change of the loss in a step, predicted and actual",
+        "Knowledge flow by layer",
         "Update-to-weight ratio by layer",
         "Loss, and the limit above which it diverges",
         "Learning rate and momentum for the spectrum",
@@ -184,7 +205,7 @@ def test_printed_link_opens_tensorboard_with_our_cards_pinned(seen: Seen, page: 
     page.goto(seen.link.replace("http://localhost:6006", seen.address))
     pinned = page.locator("metrics-pinned-view")
     curvature = ("hessian/sharpness_ratio", "hessian/lambda_max")
-    main = ("grad_norm/total", "grad_norm/clip_fraction", *curvature, "step_radius/r", "stop/loss")
+    main = ("grad_norm/total", "grad_norm/clip_fraction", *curvature, "step_radius/r", "ska/entropy", "stop/loss")
     for tag in main:
         pinned.locator("card-view", has_text=tag).wait_for()
     assert pinned.locator("card-view").count() == len(main)
