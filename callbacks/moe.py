@@ -155,7 +155,7 @@ class MoEPathwayMonitor(Monitor):
         self.extract, self.forward = extract, forward
         self.dead_window = check_count("dead_window", dead_window)
         self.max_samples = check_count("max_samples", max_samples)
-        self._probe_arguments = (max_tokens, group_by)
+        self.max_tokens, self.group_by = max_tokens, group_by
         self._probe_source = probe
         self._layout = TokenLayout(padding_mask)
         self._ranks = 1
@@ -177,7 +177,7 @@ class MoEPathwayMonitor(Monitor):
         self._health = RouterHealth(self.dead_window)
         self._announced: set[int] = set()  # routers whose E and k have been logged
         self._pictures_at: int | None = None
-        probe = ProbeSet(self._probe_source, self.max_samples, *self._probe_arguments)
+        probe = ProbeSet(self._probe_source, self.max_samples, self.max_tokens, self.group_by)
         self._reader = PathwayReader(
             probe, self._layout, self.forward, self.unit, self.threshold, memorized=self.memorized
         )
@@ -225,13 +225,13 @@ class MoEPathwayMonitor(Monitor):
             )
             Stream.of(trainer).unavailable(f"{MOE}distance", self._reader.reason)
 
-    @isolated
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if dataloader_idx == 0 and self._reader.probe.wants("validate"):
-            self._reader.probe.max_samples = max(self.max_samples // trainer.world_size, 1)
-            self._reader.probe.offer(batch, batch_idx)
+        probe = self._reader.probe
+        if trainer.state.fn == "fit" and dataloader_idx == 0 and probe.wants("validate"):
+            probe.max_samples = max(self.max_samples // trainer.world_size, 1)
+            self.guarded(trainer, probe.offer, batch, batch_idx)
 
     @isolated
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -59,6 +59,8 @@ def sparkline(points: Sequence[float], width: int = 24) -> str:
         if not all(math.isfinite(p) for p in share):
             bars += "!"
             continue
-        height = (math.fsum(share) / len(share) - low) / (high - low) if high > low else 0.0
+        # Of quotients: sums and differences of the largest numbers may not fit.
+        mean = math.fsum(p / len(share) for p in share)
+        height = (mean / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.0
         bars += _BARS[min(int(height * (len(_BARS) - 1) + 0.5), len(_BARS) - 1)]
     return bars

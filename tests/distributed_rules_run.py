@@ -278,7 +278,7 @@ def ddp_scenarios() -> dict[str, Callable[..., dict[str, Any]]]:
         "counts_bare": lambda **k: fit(None, Counted(), **counts, **k),
         "counts_stop": lambda **k: fit(EarlyTermination(default_rules()), Counted(), **counts, **k),
         "counts_warn": lambda **k: fit(EarlyTermination(actions="warn"), Counted(), **counts, **k),
-        "counts_all": lambda **k: fit(None, Counted(), DynWatch(report=False), **counts, **k),
+        "counts_all": lambda **k: fit(None, Counted(), DynWatch(ska=False, report=False), **counts, **k),
         "gated": lambda **k: fit(None, *gates(), module=Gated(), **k),
         "forgotten": lambda **k: fit(idle(), module=Forgetful(), **k),
         "detached": lambda **k: fit(idle(), strategy="ddp_unused", module=Forgetful(detached=True), **k),

@@ -142,6 +142,14 @@ trainer:
           init_args:
             r_max: .inf
             lr_jump: 10
+        moe:
+          class_path: dynwatch.callbacks.MoEPathwayMonitor
+          init_args:
+            every_n_steps: 20
+            probe: validate
+            group_by: language
+            routers: [gate$]
+            padding_mask: hidden
         ska:
           class_path: dynwatch.callbacks.SKAMonitor
           init_args:
@@ -167,7 +175,8 @@ trainer:
     )
     cli = build(pl, tmp_path, f"--config={config}")
     watch = the_watch(cli)
-    controller, gradients, _, hessian, radius, ska, stop = watch.monitors
+    controller, gradients, _, hessian, radius, moe, ska, stop = watch.monitors
+    assert (moe.every_n_steps, moe.group_by, moe.routers) == (20, "language", ["gate$"])
     assert (ska.layers, ska.time, ska.every_n_steps) == (["net"], "steps", 50)
     assert (controller.r_max, controller.lr_jump, controller.every_n_steps) == (float("inf"), 10, 1)
     assert (radius.every_n_steps, radius.b2, radius._look.method) == (2, True, "reverse")

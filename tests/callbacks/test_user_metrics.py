@@ -221,7 +221,8 @@ def test_the_users_logs_and_metrics_are_as_without_dynwatch(settings: dict[str, 
     for tag in added:
         steps = [step for step, _ in after[tag]]
         assert len(set(steps)) == len(steps), tag
-    assert all(tag.startswith(("stop/", "grad_norm/", "update_ratio/", "activation/", "dynwatch/")) for tag in added)
+    ours = ("stop/", "grad_norm/", "update_ratio/", "activation/", "ska/", "dynwatch/")
+    assert all(tag.startswith(ours) for tag in added)
     for metric in ("accuracy", "val_accuracy"):
         one, other = getattr(bare, metric), getattr(watched, metric)
         assert one._update_count == other._update_count
