@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +13,7 @@ from dynwatch.callbacks.drawing import BLUES, FAINT, INK, PAPER, font
 from dynwatch.routing import coactivation
 
 Colours = npt.NDArray[np.uint8]
+Array = npt.NDArray[np.float64]
 
 _MARGIN, _TOP, _GAP = 84, 44, 28
 _WIDEST = 900  # pixels of all cells in a row
@@ -44,17 +44,21 @@ def load_picture(loads: Mapping[int, Tensor], step: int) -> Colours:
         y = _TOP + row * height
         draw.text((_MARGIN - 8, y + height / 2), f"layer {layer}", fill=INK, font=font(12), anchor="rm")
         total = float(load.sum())
-        for e in range(len(load)):
-            share = float(load[e]) * len(load) / total if total > 0 else math.nan
-            x = _MARGIN + e * cell
-            draw.rectangle((x, y, x + cell - 1, y + height - 1), fill=_of_share(share), outline=FAINT)
+        shares = load.double().numpy() * len(load) / total if total > 0 else np.full(len(load), np.nan)
+        cells = Image.fromarray(_of_shares(shares)[None]).resize((len(load) * cell, height), Image.Resampling.NEAREST)
+        picture.paste(cells, (_MARGIN, y))
+        for e in range(len(load) + 1):
+            draw.line((_MARGIN + e * cell, y, _MARGIN + e * cell, y + height), fill=FAINT)
+        for edge in (y, y + height):
+            draw.line((_MARGIN, edge, _MARGIN + len(load) * cell, edge), fill=FAINT)
     bottom = _TOP + len(loads) * height + 8
     draw.text((_MARGIN, bottom), "expert 0", fill=INK, font=font(12))
     draw.text((_MARGIN + most * cell, bottom), f"{most - 1}", fill=INK, font=font(12), anchor="ra")
     x = _MARGIN + most * cell + 24
     for i, share in enumerate((0.0, 0.5, 1.0, 2.0, 4.0)):
         y = _TOP + i * 16
-        draw.rectangle((x, y, x + 14, y + 12), fill=_of_share(share), outline=FAINT)
+        red, green, blue = _of_shares(np.array([share]))[0].tolist()
+        draw.rectangle((x, y, x + 14, y + 12), fill=(red, green, blue), outline=FAINT)
         draw.text((x + 22, y + 6), f"{share:g}" + " or more" * (share == 4), fill=INK, font=font(12), anchor="lm")
     return np.asarray(picture)
 
@@ -84,31 +88,24 @@ def coactivation_picture(pairs: Mapping[int, Tensor], step: int) -> Colours:
         draw.text((x, y), f"layer {layer}", fill=INK, font=font(12))
         shares = coactivation(together).numpy().copy()
         np.fill_diagonal(shares, np.nan)  # always 1
-        colours = np.array([[_of_part(share) for share in row] for row in shares], dtype=np.uint8)
-        square = Image.fromarray(colours).resize((_SQUARE, _SQUARE), Image.Resampling.NEAREST)
+        square = Image.fromarray(_of_parts(shares).round().astype(np.uint8)).resize(
+            (_SQUARE, _SQUARE), Image.Resampling.NEAREST
+        )
         picture.paste(square, (x, y + 20))
         draw.rectangle((x - 1, y + 19, x + _SQUARE, y + 20 + _SQUARE), outline=FAINT)
     return np.asarray(picture)
 
 
-def _of_share(share: float) -> tuple[int, int, int]:
-    """Blue up to twice an equal share, then towards red."""
-    if not share > 0:
-        return PAPER
-    if share <= 2:
-        return _of_part(share / 2)
-    red = min(math.log2(share / 2), 1.0)
-    return _rounded((1 - red) * BLUES[-1] + red * _RED)
+def _of_shares(shares: Array) -> Colours:
+    """Blue up to twice an equal share, then towards red; [...] to [..., 3]."""
+    red = np.clip(np.log2(np.maximum(np.nan_to_num(shares), 1e-9) / 2), 0, 1)[..., None]
+    colours: Colours = ((1 - red) * _of_parts(np.minimum(shares / 2, 1)) + red * _RED).round().astype(np.uint8)
+    return colours
 
 
-def _of_part(part: float) -> tuple[int, int, int]:
-    """A blue for a number from 0 (white) to 1."""
-    if not part > 0:
-        return PAPER
+def _of_parts(parts: Array) -> Array:
+    """Blues for numbers from 0 (white, as what is not known) to 1; [...] to [..., 3]."""
     at = np.linspace(0, 1, len(BLUES))
-    return _rounded(np.array([np.interp(part, at, BLUES[:, c]) for c in range(3)]))
-
-
-def _rounded(colour: npt.NDArray[np.float64]) -> tuple[int, int, int]:
-    red, green, blue = (round(float(c)) for c in colour)
-    return red, green, blue
+    colours = np.stack([np.interp(np.nan_to_num(parts), at, BLUES[:, c]) for c in range(3)], axis=-1)
+    colours[~(parts > 0)] = PAPER
+    return np.asarray(colours)
