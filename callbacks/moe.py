@@ -25,7 +25,6 @@ from dynwatch.callbacks.moe_tokens import PaddingMask, TokenLayout
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.probe import Forward, ProbePass
-from dynwatch.callbacks.snapshot import CannotReplayError
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.pathways import Unit
 from dynwatch.router_capture import Decision, Extract, RouterCapture
@@ -165,7 +164,9 @@ class MoEPathwayMonitor(Monitor):
     def _forget(self) -> None:
         self._capture: RouterCapture | None = None
         self._decoders: frozenset[str] = frozenset()
-        self._sizes: tuple[int, ...] = ()  # experts of each router
+        self._parts: list[str] = []  # of the model that have pathways of their own
+        self._sizes: tuple[int, ...] = ()  # experts of each router, and how many of them a token gets
+        self._ks: tuple[int, ...] = ()
         self._settled = self._eager = False
         self._tries = self._frames = 0
         self._readings = 0  # of health
@@ -183,10 +184,7 @@ class MoEPathwayMonitor(Monitor):
         )
 
     def charts(self) -> Sequence[Chart]:
-        sites = self._capture.sites if self._capture else ()
-        if not any(site.telling for site in sites) or self._capture is None:
-            return ()
-        return charts(list(parts_of(self._capture)), self.memorized)
+        return charts(self._parts, self.memorized) if self._parts else ()
 
     # --- on the training process
 
@@ -207,9 +205,11 @@ class MoEPathwayMonitor(Monitor):
         )
         self._ranks = trainer.world_size
         self._decoders = decoder_names(self._capture)
+        telling = any(site.telling for site in sites)
+        self._parts = list(parts_of(self._capture)) if telling else []
         runnable = pl_module.automatic_optimization or self.forward is not None
         # Also where a function may be compiled, which only a step can show.
-        possible = runnable and "torch._dynamo.eval_frame" in sys.modules and any(site.telling for site in sites)
+        possible = runnable and "torch._dynamo.eval_frame" in sys.modules and telling
         self._eager = is_compiled(pl_module) or possible
         self._frames = compiled_frames()
         self._settled, self._tries = False, 0
@@ -250,10 +250,11 @@ class MoEPathwayMonitor(Monitor):
             try:
                 self._look_ahead(trainer, pl_module, batch, batch_idx)
                 return
-            except CannotReplayError:
+            except Exception:
                 if is_compiled(pl_module):
                     raise
-                self._eager = False
+                self._eager = False  # the step itself will show whether hooks fire
+                self._tally = HealthTally(self._tally.pairs) if self._tally else None
         self._capture.attach()
 
     def _look_ahead(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -315,8 +316,6 @@ class MoEPathwayMonitor(Monitor):
         elif not found and (not open_ or self._tries >= _MOST_TRIES):
             telling = [site.name for site in [*dropped, *self._capture.sites] if site.telling]
             self.release()
-            self._capture = None
-            self._tally = None
             if telling and trainer.is_global_zero:
                 log.warning(
                     "MoEPathwayMonitor measures nothing in this run: these looked like routers, but showed no choice "
@@ -336,7 +335,7 @@ class MoEPathwayMonitor(Monitor):
         assert self._capture is not None
         sizes = {site.name: self._sizes_by_name.get(site.name, site.n_experts) for site in self._capture.sites}
         self._readings += 1
-        self._sizes = tuple(sizes.values())
+        self._sizes, self._ks = tuple(sizes.values()), tuple(self._top_k.get(name, 0) for name in sizes)
         sums = tally.vectors(sizes, device)
         stream = Stream.of(trainer)
         notes = {f"{MOE}layer_{i}/{tag}": name for i, name in enumerate(sizes) for tag in NOTED}
@@ -378,16 +377,12 @@ class MoEPathwayMonitor(Monitor):
         pairs = next(iter(raw)).endswith("pairs")
         found = self._health.read(list(raw.values()), self._sizes, pairs)
         for layer in found.keys() - self._announced:
-            if top_k := self._k_of(layer):
+            if self._ks[layer]:
                 self._announced.add(layer)
-                found[layer] |= {"experts": float(self._sizes[layer]), "top_k": float(top_k)}
+                found[layer] |= {"experts": float(self._sizes[layer]), "top_k": float(self._ks[layer])}
         if pairs and found:
             self._pictures_at = step
         return {f"{MOE}layer_{i}/{name}": value for i, layer in found.items() for name, value in layer.items()}
-
-    def _k_of(self, layer: int) -> int:
-        name = self._capture.sites[layer].name if self._capture else ""
-        return self._top_k.get(name, 0)
 
     def after_flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures_at is not None:
@@ -399,7 +394,7 @@ class MoEPathwayMonitor(Monitor):
     def state(self) -> dict[str, Any]:
         return {
             "readings": self._readings,
-            "sizes": list(self._sizes),
+            "layers": [list(layer) for layer in zip(self._sizes, self._ks, strict=True)],
             "health": self._health.state(),
             "pathways": self._reader.state(alone=self._ranks == 1),
             "budget": self._budget.state() if self._budget else None,
@@ -408,7 +403,8 @@ class MoEPathwayMonitor(Monitor):
     def load_state(self, state: dict[str, Any]) -> None:
         self._forget()
         self._readings = state["readings"]
-        self._sizes = tuple(state["sizes"])
+        self._sizes = tuple(n_experts for n_experts, _ in state["layers"])
+        self._ks = tuple(top_k for _, top_k in state["layers"])
         self._health.load_state(state["health"])
         self._reader.load_state(state["pathways"])
         if self._budget is not None and state["budget"] is not None:
@@ -417,6 +413,6 @@ class MoEPathwayMonitor(Monitor):
     def release(self) -> None:
         if self._capture is not None:
             self._capture.detach()
-        self._tally = None
-        self._batch = None
+        self._capture = self._tally = self._batch = None  # they hold the model
+        self._masks.clear()
         self._reader.probe.to(torch.device("cpu"))  # a checkpoint after the fit still has it

@@ -30,12 +30,12 @@ _SEED = 0
 
 
 class ProbePass:
-    """Runs a step of the module on batches without a graph, and leaves nothing behind.
+    """Runs a step of the module on batches, and leaves nothing behind.
 
-    By default in evaluation mode and with random streams that begin alike at every pass: dropout is off, and what the
-    step draws (augmentation, masks) is the same each time, so that two passes differ by the weights alone. Compiled
-    modules run eagerly, so that hooks fire. Use it as a context; at its end, also when a step raised, all is as it was.
-    On several ranks all must run it together.
+    By default in evaluation mode, without a graph and with random streams that begin alike at every pass: dropout is
+    off, and what the step draws (augmentation, masks) is the same each time, so that two passes differ by the weights
+    alone. Compiled modules run eagerly, so that hooks fire. Use it as a context; at its end, also when a step raised,
+    all is as it was. On several ranks all must run it together.
 
     Args:
         trainer: The trainer, fitting.
@@ -103,7 +103,8 @@ class ProbePass:
             random.seed(_SEED)
         plugin = self._trainer.precision_plugin
         precision = plugin.train_step_context() if self._stage == "train" else plugin.val_step_context()
-        with self._sandbox.muted(), precision, torch.no_grad(), contextlib.ExitStack() as stack:
+        graph = torch.enable_grad() if self._training else torch.no_grad()  # a step may differentiate within itself
+        with self._sandbox.muted(), precision, graph, contextlib.ExitStack() as stack:
             for watch in watches:
                 stack.enter_context(watch)
             try:

@@ -245,7 +245,7 @@ def test_a_dense_model_pays_and_hears_nothing(watch: Any, tmp_path: Path, caplog
     assert not [tag for tag in scalars(tmp_path / "run") if tag.startswith("moe/")]
     assert bystander.hooks == [0] * 6
     part = next(each for each in getattr(monitor, "monitors", [monitor]) if isinstance(each, MoEPathwayMonitor))
-    assert part._capture is None and part.charts() == () and part.off is None
+    assert part.charts() == () and part.off is None
 
 
 class SoftMixture(Model):
@@ -625,6 +625,28 @@ def test_a_model_that_cannot_be_run_again_has_health_alone(tmp_path: Path) -> No
     readings, _ = fit(tmp_path, monitor, Iterating())
     assert monitor.off is None and list(readings["moe/layer_0/load_cv"]) == list(range(6))
     assert monitor._stream is not None and "is an iterator" in monitor._stream.reasons["moe/distance"]
+
+
+def test_a_step_that_differentiates_within_itself(tmp_path: Path) -> None:
+    """A gradient penalty needs a graph, which a look at pathways has not: that alone is missing."""
+
+    class Penalised(Model):
+        def step(self, batch: dict[str, Any]) -> Tensor:
+            x = batch["x"].requires_grad_()
+            loss = nn.functional.cross_entropy(self.net(x).flatten(0, 1), batch["labels"].flatten())
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            return loss + gradient.square().sum()
+
+    monitor = MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=100)
+    readings, _ = fit(tmp_path, monitor, Penalised())
+    assert monitor.off is None and list(readings["moe/layer_0/load_cv"]) == list(range(6))
+
+
+def test_no_module_is_held_after_fit(tmp_path: Path) -> None:
+    """The callback still lives and tells its charts; routers and batches are let go."""
+    monitor = MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=2)
+    fit(tmp_path, monitor)
+    assert (monitor._capture, monitor._batch, monitor._tally) == (None, None, None) and monitor.charts()
 
 
 def test_encoder_and_decoder_stand_apart(tmp_path: Path) -> None:
