@@ -18,7 +18,7 @@ from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.differentiable import compiled_frames, is_compiled
 from dynwatch.callbacks.moe_health import HealthTally, RouterHealth, sum_tags
 from dynwatch.callbacks.moe_panels import charts, write_layers, write_pictures
-from dynwatch.callbacks.moe_pathways import MOE, decoder_names, parts_of
+from dynwatch.callbacks.moe_pathways import COMPLEXITY, DIMENSION, LENGTH, MOE, decoder_names, parts_of
 from dynwatch.callbacks.moe_probe import GroupBy, ProbeSet
 from dynwatch.callbacks.moe_reader import PathwayReader
 from dynwatch.callbacks.moe_tokens import PaddingMask, TokenLayout
@@ -40,6 +40,8 @@ _USUAL = 100
 _GUESS = {"look": 1.0}
 # Every so many readings of health, pictures are drawn, and pairs of experts counted.
 _PICTURES_EVERY = 10
+# Readings that say in another way what others say, and are left to the panels.
+_SIDE = ("max_vio", "load_cv", "aux_loss", "z_loss", "router_entropy", "stability")
 # Readings that rules judge: their verdicts name the router.
 NOTED = ("effective_experts", "dead_experts", "z_loss")
 # Training batches in which routers may show themselves.
@@ -108,7 +110,10 @@ class MoEPathwayMonitor(Monitor):
         >>> monitor = MoEPathwayMonitor(every_n_steps=20, probe="validate", group_by="language")
     """
 
-    side_tags = frozenset({f"{MOE}layer_*/experts", f"{MOE}layer_*/top_k", f"{MOE}layer_*/max_vio"})
+    side_tags = frozenset(
+        {f"{MOE}layer_*/{name}" for name in (*_SIDE, "experts", "top_k")}
+        | {f"{MOE}{name}" for name in (LENGTH, COMPLEXITY, DIMENSION, "probe_loss")}
+    )
 
     def __init__(
         self,

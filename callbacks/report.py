@@ -96,10 +96,12 @@ def _key_series(stream: Stream) -> Sequence[tuple[str, Series]]:
     shown = [t for chart in stream.charts() for t in chart.tags if is_group(t)]
     groups: dict[str, list[tuple[str, Series]]] = {}
     for tag, series in stream.series.items():
+        if any(each.match(tag) for each in side):
+            continue
         group = next((t for t in shown if tag_pattern(t).match(tag)), None)
         if group:
             groups.setdefault(group, []).append((tag, series))
-        elif tag != OVERHEAD and tag not in stream.reasons and not any(each.match(tag) for each in side):
+        elif tag != OVERHEAD and tag not in stream.reasons:
             rows.append((tag, series))
     for members in groups.values():
         ends = sorted(members, key=lambda row: row[1].last)

@@ -96,6 +96,8 @@ class SKAMonitor(Monitor):
         >>> monitor = SKAMonitor(every_n_steps=20, layers=["mlp"])
     """
 
+    side_tags = frozenset({"ska/*/*", *(NETWORK[kind] for kind in ("time", "peak_time", "settled_time"))})
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -141,10 +143,6 @@ class SKAMonitor(Monitor):
         self._shapes: dict[str, list[int]] = {}  # of their whole outputs
         self._since = LearningTime()  # the last probe
         self._readings = Readings()
-
-    @property
-    def side_tags(self) -> frozenset[str]:  # type: ignore[override]
-        return self._readings.side_tags(self._layers)
 
     def charts(self) -> Sequence[Chart]:
         if self._reason:

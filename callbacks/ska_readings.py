@@ -28,12 +28,6 @@ class Readings:
         self._begun: dict[str, int] = {}  # how often each layer began anew
         self._remarks: dict[str, str] = {}
 
-    @staticmethod
-    def side_tags(uses: Iterable[str]) -> frozenset[str]:
-        """What need not stand in a short summary."""
-        side = (NETWORK["time"], NETWORK["peak_time"], NETWORK["settled_time"])
-        return frozenset({f"ska/{use}/{kind}" for use in uses for kind in KINDS} | {*side})
-
     def take(
         self,
         step: int,

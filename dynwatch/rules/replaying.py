@@ -111,11 +111,22 @@ class PastRun:
             if outcome.failed:
                 yield f"The rule {outcome.rule} was not asked any more, because it raised {outcome.failed}."
         for words, nothing in (("Nothing to read", True), ("Not all to read", False)):
-            lacking = [o for o in self.outcomes if o.missing and o.nothing_to_read is nothing]
+            lacking: dict[str, list[str]] = {}  # rules by what they lack
+            for outcome in self.outcomes:
+                if outcome.missing and outcome.nothing_to_read is nothing:
+                    lacking.setdefault(_in_short(outcome.missing), []).append(outcome.rule)
             if lacking:
-                yield f"{words}: {', '.join(f'{o.rule} (without {listed(o.missing)})' for o in lacking)}."
+                yield f"{words}: {', '.join(f'{listed(rules)} (without {tags})' for tags, rules in lacking.items())}."
         if any(outcome.step is not None for outcome in self.outcomes):
             yield f"Saved is a share of {self.planned_steps} planned steps."
+
+
+def _in_short(missing: Sequence[str]) -> str:
+    """Tags that a rule lacks; of several by layer only where they all stand."""
+    kind = missing[0].split("/", 1)[0]
+    if any("*" in tag for tag in missing) and all(tag.startswith(f"{kind}/") for tag in missing):
+        return f"{kind}/…"
+    return listed(missing)
 
 
 def replay_readings(
