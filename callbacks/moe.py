@@ -28,7 +28,7 @@ from dynwatch.callbacks.probe import Forward, ProbePass
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.pathways import Unit
 from dynwatch.router_capture import Decision, Extract, RouterCapture
-from dynwatch.router_search import chosen_routers, find_routers
+from dynwatch.router_search import chosen_routers, find_routers, suspects
 from dynwatch.routing import Score
 from dynwatch.rules.base import check_count, check_number
 
@@ -140,16 +140,26 @@ class MoEPathwayMonitor(Monitor):
         for argument, value, known in (("unit", unit, get_args(Unit)), ("score", score, ("softmax", "sigmoid", None))):
             if value not in known:
                 raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, known))}.")
-        if isinstance(probe, str) and probe not in ("train", "validate"):
+        if probe is None or (isinstance(probe, str) and probe not in ("train", "validate")):
             raise ValueError(f"probe={probe!r} must be 'train', 'validate' or a batch.")
         for argument, count in (("max_tokens", max_tokens), ("num_experts", num_experts), ("top_k", top_k)):
             if count is not None:
                 check_count(argument, count)
+        for argument, key in (("group_by", group_by), ("padding_mask", padding_mask)):
+            if not (key is None or isinstance(key, str) or callable(key)):
+                raise ValueError(f"{argument}={key!r} must be a key of the batch or a function of it.")
+        if not isinstance(memorized, bool):
+            raise ValueError(f"memorized={memorized!r} must be True or False.")
+        if num_experts is not None and top_k is not None and top_k > num_experts:
+            raise ValueError(f"top_k={top_k!r} must be num_experts={num_experts!r} or less.")
         for argument, function in (("extract", extract), ("forward", forward)):
             if function is not None and not callable(function):
                 raise ValueError(f"{argument}={function!r} must be a function.")
         if routers is not None and (isinstance(routers, (str, nn.Module)) or not routers):
             raise ValueError(f"routers={routers!r} must be a list of patterns for module names, or of modules.")
+        for each in routers or ():
+            if not isinstance(each, (str, nn.Module)):
+                raise ValueError(f"routers has {each!r}, and must have patterns for module names, or modules.")
         check_number("threshold", threshold, least=0, below=1)
         self.probe_every_n_steps = (
             _USUAL if probe_every_n_steps is None else check_cadence("probe_every_n_steps", probe_every_n_steps)
@@ -158,7 +168,7 @@ class MoEPathwayMonitor(Monitor):
         self.routers, self.num_experts, self.top_k, self.score = routers, num_experts, top_k, score
         self.extract, self.forward = extract, forward
         self.dead_window = check_count("dead_window", dead_window)
-        self.max_samples = check_count("max_samples", max_samples)
+        self.max_samples = check_count("max_samples", max_samples, least=2)
         self.max_tokens, self.group_by = max_tokens, group_by
         self._probe_source = probe
         self._layout = TokenLayout(padding_mask)
@@ -203,6 +213,8 @@ class MoEPathwayMonitor(Monitor):
             found = find_routers(pl_module)
             sites = [site for site in found if self.num_experts in (None, site.n_experts)]
         if not sites:
+            self._reader.probe.clear()
+            self._tell_nothing(trainer, suspects(pl_module))
             return
         guard = functools.partial(self.guarded, trainer)
         self._capture = RouterCapture(
@@ -235,6 +247,8 @@ class MoEPathwayMonitor(Monitor):
     ) -> None:
         probe = self._reader.probe
         if trainer.state.fn == "fit" and dataloader_idx == 0 and probe.wants("validate"):
+            if self._capture is None and self.routers is None and not find_routers(pl_module):
+                return  # nothing to look at
             probe.max_samples = max(self.max_samples // trainer.world_size, 1)
             self.guarded(trainer, probe.offer, batch, batch_idx)
 
@@ -247,7 +261,8 @@ class MoEPathwayMonitor(Monitor):
         due = self.is_due(trainer)
         if self._settled and not due:
             return
-        self._batch = batch
+        # With a dictionary of its own: the step may take things out.
+        self._batch = dict(batch) if isinstance(batch, Mapping) else batch
         self._masks.clear()
         if due and self._tally is None:
             self._tally = HealthTally(pairs=self._readings % _PICTURES_EVERY == 0)
@@ -317,16 +332,22 @@ class MoEPathwayMonitor(Monitor):
         found = len(open_) < len(self._capture.sites)
         if found and (not open_ or self._tries >= _MOST_TRIES):
             self._settled = True
+            self._capture.close()
             self._tell_layers(trainer)
         elif not found and (not open_ or self._tries >= _MOST_TRIES):
             telling = [site.name for site in [*dropped, *self._capture.sites] if site.telling]
             self.release()
-            if telling and trainer.is_global_zero:
-                log.warning(
-                    "MoEPathwayMonitor measures nothing in this run: these looked like routers, but showed no choice "
-                    "of experts: %s. Pass routers= (patterns for names) with top_k= or extract=, or leave it out.",
-                    ", ".join(telling[:8]) + " and others" * (len(telling) > 8),
-                )
+            self._reader.probe.clear()
+            self._tell_nothing(trainer, telling)
+
+    def _tell_nothing(self, trainer: Trainer, suspects: Sequence[str]) -> None:
+        """Warn, if there are modules whose names speak of experts or routers."""
+        if suspects and trainer.is_global_zero:
+            log.warning(
+                "MoEPathwayMonitor measures nothing in this run: these looked like routers, but showed no choice of "
+                "experts: %s. Pass routers= (patterns for names) with top_k= or extract=, or leave it out.",
+                ", ".join(suspects[:8]) + " and others" * (len(suspects) > 8),
+            )
 
     def _tell_layers(self, trainer: Trainer) -> None:
         assert self._capture is not None
@@ -351,6 +372,12 @@ class MoEPathwayMonitor(Monitor):
 
     # --- pathways
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._settled and self._capture is not None and not self._reader.taken and not self._reader.reason:
+            first = f"the first look comes at step {self.probe_every_n_steps - 1}, or once there is a probe"
+            Stream.of(trainer).unavailable(f"{MOE}distance", f"{first}; probe_every_n_steps= makes it earlier")
+        super().on_train_end(trainer, pl_module)
+
     def _look_is_due(self, trainer: Trainer) -> bool:
         step = Stream.step(trainer)
         if self._reader.reason or not self._settled or (step + 1) % self.probe_every_n_steps:
@@ -367,6 +394,10 @@ class MoEPathwayMonitor(Monitor):
             if self._budget is not None:
                 wait_for(pl_module.device)
                 self._budget.spend("look", time.perf_counter() - began)
+        if self._reader.reason and trainer.is_global_zero:
+            log.warning(
+                "MoEPathwayMonitor looks at no pathways in this run: %s. Routing health goes on.", self._reader.reason
+            )
         if readings:
             values = torch.tensor(list(readings.values()), dtype=torch.float64)
             stream.emit(self, step, list(readings), values)

@@ -216,6 +216,8 @@ def pathway_readings(
     absent: dict[str, str] = {}
     if distance.n_pairs:
         readings |= {DISTANCE: distance.distance, NORMALIZED: distance.normalized}
+    elif distance.n_samples < 2:
+        absent[DISTANCE] = "the probe has fewer than two samples whose router scores are finite"
     else:
         absent[DISTANCE] = "no two samples of the probe are of one group"
     known = [weight for weight in (weights[at] for at in kept) if weight is not None]

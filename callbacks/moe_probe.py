@@ -71,6 +71,10 @@ class ProbeSet:
         self.samples += kept
         self._closed = self.samples >= self.max_samples
 
+    def clear(self) -> None:
+        """Let go of all samples, and take no more."""
+        self.batches, self.samples, self._closed = [], 0, True
+
     def close(self) -> None:
         """Go on with what has been kept: the samples must stay the same from now on."""
         self._closed = bool(self.batches)

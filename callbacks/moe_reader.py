@@ -64,10 +64,7 @@ class PathwayReader:
         """Take a look; all ranks must call it together.
 
         Returns:
-            Readings, the same on all ranks; None if this or another rank could not look.
-
-        Raises:
-            Exception: What failed on this rank, when no collective is left.
+            Readings, the same on all ranks; None if this or another rank could not look, as `reason` says.
         """
         device, ranks = pl_module.device, trainer.world_size
         self.probe.close()
@@ -83,11 +80,10 @@ class PathwayReader:
         except Exception as error:
             failure = error
         if not all_could(look is not None, ranks, device) or look is None:
-            if not all_could(not isinstance(failure, CannotReplayError), ranks, device):
-                self.reason = str(failure or "the probe cannot be run on another rank").rstrip(".")
-                absent(f"{MOE}distance", self.reason)
-            elif failure is not None:
-                raise failure
+            # On all ranks: health goes on without pathways.
+            cause = str(failure) if isinstance(failure, (CannotReplayError, ValueError)) else repr(failure)
+            self.reason = cause.rstrip(".") if failure is not None else "the probe could not be run on another rank"
+            absent(f"{MOE}distance", self.reason)
             return None
         if ranks > 1:
             if not all_could(look.groups is not None, ranks, device):

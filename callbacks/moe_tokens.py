@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ class TokenLayout:
         if callable(self._padding_mask):
             found: Any = self._padding_mask(batch)
         elif self._padding_mask is not None:
-            found = batch.get(self._padding_mask) if isinstance(batch, Mapping) else None
+            found = _field(batch, self._padding_mask)
         else:
             return self._attention_mask(batch, decoder)
         if not isinstance(found, Tensor) or found.dim() != 2:
@@ -73,15 +74,20 @@ class TokenLayout:
 
     @staticmethod
     def _attention_mask(batch: Any, decoder: bool) -> Tensor | None:
-        if not isinstance(batch, Mapping):
-            return None
         if decoder:
-            mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+            mask, labels = _field(batch, "decoder_attention_mask"), _field(batch, "labels")
             if not isinstance(mask, Tensor) and isinstance(labels, Tensor) and labels.dim() == 2:
                 return labels != _IGNORED
         else:
-            mask = batch.get("attention_mask")
+            mask = _field(batch, "attention_mask")
         return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _field(batch: Any, name: str) -> Any:
+    """A named part of a batch, of a mapping or a dataclass; None if it has none."""
+    if isinstance(batch, Mapping):
+        return batch.get(name)
+    return getattr(batch, name, None) if dataclasses.is_dataclass(batch) else None
 
 
 def sample_of_tokens(leading: tuple[int, ...], samples: int, device: torch.device) -> Tensor:

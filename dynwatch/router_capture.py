@@ -78,6 +78,9 @@ class _Call:
     leading: tuple[int, ...] = ()
     seen: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)  # of these, when they were seen
+    received: list[int] = field(default_factory=list)  # tokens that each expert was called with
+    counts: dict[str, int] = field(default_factory=dict)  # of operations of a kind, from 0
+    last: str = ""  # k of the last one
     watch: OperationWatch | None = None
     done: bool = False
 
@@ -135,6 +138,8 @@ class RouterCapture:
         self._handles: list[RemovableHandle] = []
         self._leaving: dict[int, RemovableHandle] = {}  # at the end of a block's pass
         self._calls: dict[int, _Call] = {}  # open ones, by site
+        self._inside = 0  # hooks that are running
+        self._closed = False  # no more routers are looked for
         self._open: list[int] = []  # sites whose block is running, the innermost last
         self._fired: set[int] = set()  # sites that ran
         self._copied: set[tuple[int, str]] = set()  # places whose tensors are written to afterwards, by site
@@ -143,19 +148,34 @@ class RouterCapture:
         """Another capture of the same routers, read in the same way, which delivers to somebody else."""
         other = RouterCapture(self.sites, deliver, extract=self._extract, score=self._score, top_k=self._top_k)
         other.plans, other._fired, other._copied = self.plans, self._fired, self._copied
+        other._closed = self._closed
         return other
 
     def settle(self) -> list[RouterSite]:
         """Drop the sites that have shown no choice of experts, once a pass is over; these are returned.
 
-        One whose name tells and that did not run in this pass (LayerDrop) stays a candidate.
+        One whose name tells and that did not run in this pass (LayerDrop) stays a candidate. Of several modules in a
+        block that could be its router, the one is kept whose scores follow what was chosen by.
         """
-        kept = [i for i, site in enumerate(self.sites) if self.reads(i) or (site.telling and i not in self._fired)]
+        best: dict[int, float] = {}
+        for site, plan in zip(self.sites, self.plans, strict=True):
+            best[id(site.block)] = max(best.get(id(site.block), 0.0), plan.fit if plan else 0.0)
+        kept: list[int] = []
+        taken: set[int] = set()
+        for i, (site, plan) in enumerate(zip(self.sites, self.plans, strict=True)):
+            beaten = plan is not None and (plan.fit < best[id(site.block)] or id(site.block) in taken)
+            if (self.reads(i) and not beaten) or (site.telling and i not in self._fired):
+                kept.append(i)
+                taken |= {id(site.block)} if plan is not None else set()
         dropped = [site for i, site in enumerate(self.sites) if i not in kept]
         self.sites, self.plans = [self.sites[i] for i in kept], [self.plans[i] for i in kept]
         self._fired = {kept.index(i) for i in self._fired if i in kept}
         self._copied = {(kept.index(i), place) for i, place in self._copied if i in kept}
         return dropped
+
+    def close(self) -> None:
+        """Look for no more routers: sites that have not run keep their places, without hooks."""
+        self._closed = True
 
     def reads(self, at: int) -> bool:
         """Whether the site at a place is known to be a router."""
@@ -166,7 +186,8 @@ class RouterCapture:
     def __enter__(self) -> Any:
         try:
             for at, (site, plan) in enumerate(zip(self.sites, self.plans, strict=True)):
-                self._attach(at, site, plan)
+                if plan is not None or not self._closed or self._extract is not None:
+                    self._attach(at, site, plan)
         except Exception:
             self.detach()
             raise
@@ -178,12 +199,23 @@ class RouterCapture:
     attach = __enter__
 
     def detach(self) -> None:
-        """Remove all hooks; may be called more than once, also from within a pass, whose end then removes the last."""
+        """Remove all hooks; may be called more than once, also from within a hook, whose pass then removes the last."""
         while self._handles:
             self._handles.pop().remove()
+        if not self._inside:
+            # Blocks that are open were interrupted, by something of which torch tells no hook (Ctrl-C).
+            for at in reversed(self._open):
+                self._unwatch(self._calls[at])
+            self._open.clear()
         for at in [at for at in self._leaving if at not in self._open]:
             self._leaving.pop(at).remove()
         self._calls = {at: call for at, call in self._calls.items() if at in self._open}
+
+    @staticmethod
+    def _unwatch(call: _Call) -> None:
+        if call.watch is not None:
+            call.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            call.watch = None
 
     def _attach(self, at: int, site: RouterSite, plan: Plan | None) -> None:
         if self._extract is not None:
@@ -204,6 +236,13 @@ class RouterCapture:
                     lambda m, args, kwargs: self._run(self._given, at, args, kwargs), with_kwargs=True
                 )
             )
+        if plan is None:
+            for e, member in enumerate(site.members):
+                self._handles.append(
+                    member.register_forward_pre_hook(
+                        lambda m, args, kwargs, e=e: self._run(self._received, at, e, args, kwargs), with_kwargs=True
+                    )
+                )
         leave = lambda m, args, out: self._left(at)  # noqa: E731 - a hook must return None
         self._leaving[at] = site.block.register_forward_hook(leave, always_call=True)
 
@@ -213,8 +252,12 @@ class RouterCapture:
     def _run(self, action: Callable[..., None], *arguments: Any) -> None:
         # Compiled code is left as it is; a part that runs again in backward (checkpointing) has been seen already.
         if not torch.compiler.is_compiling() and not _in_backward():
-            with torch.no_grad():
-                self._guard(action, *arguments)
+            self._inside += 1
+            try:
+                with torch.no_grad():
+                    self._guard(action, *arguments)
+            finally:
+                self._inside -= 1
 
     # --- one pass of one site
 
@@ -229,14 +272,24 @@ class RouterCapture:
             call.watch.__enter__()  # type: ignore[no-untyped-call]
 
     def _routed(self, at: int, args: Any, kwargs: Any, output: Any) -> None:
+        if at not in self._open and any(
+            other.router is self.sites[at].router for i, other in enumerate(self.sites) if i != at
+        ):
+            return  # a router that several blocks share, called by another of them
         self._fired.add(at)
         call = self._calls.setdefault(at, _Call())
         n_tokens, leading = _tokens(args, kwargs)
-        if n_tokens:
-            call.n_tokens, call.leading = n_tokens, call.leading or leading
+        if n_tokens and n_tokens != call.n_tokens:
+            call.n_tokens, call.leading = n_tokens, leading
         self._note(at, "router", output)
         if at not in self._open:  # the router was called from elsewhere than its block's forward
             self._finish(at)
+
+    def _received(self, at: int, expert: int, args: Any, kwargs: Any) -> None:
+        call = self._calls.get(at)
+        if call is not None:
+            call.received = call.received or [0] * len(self.sites[at].members)
+            call.received[expert] += _tokens(args, kwargs)[0]
 
     def _given(self, at: int, args: Any, kwargs: Any) -> None:
         self._note(at, "experts", (*args, *kwargs.values()))
@@ -244,9 +297,20 @@ class RouterCapture:
     def _operated(self, at: int, name: str, tensor: Tensor, n_scores: int) -> None:
         call = self._calls.get(at)
         # One score for each token and expert; `one_hot` does not tell.
-        fits = call is not None and n_scores in (0, call.n_tokens * self.sites[at].n_experts)
-        if fits and self._open and self._open[-1] == at:
-            self._note(at, f"op.{name}", tensor)
+        if call is None or n_scores not in (0, call.n_tokens * self.sites[at].n_experts):
+            return
+        if not self._open or self.sites[self._open[-1]].block is not self.sites[at].block:
+            return
+        name, _, rest = name.partition(".")
+        if name in ("topk", "multinomial", "one_hot", "scatter"):
+            # By how many experts it tells and how many there were of it: a metric or a loss may take others.
+            k = "" if name == "scatter" else str(tensor.numel() // max(call.n_tokens, 1))
+            if not rest:
+                call.counts[name + k] = call.counts.get(name + k, -1) + 1
+            k = k if not rest else call.last
+            call.last = k
+            name = f"{name}{k}.{call.counts[name + k]}"
+        self._note(at, f"op.{name}.{rest}" if rest else f"op.{name}", tensor)
 
     def _note(self, at: int, source: str, values: Any) -> None:
         plan, call = self.plans[at], self._calls.get(at)
@@ -265,9 +329,7 @@ class RouterCapture:
             return
         # Unguarded: a mode that was entered must be left, whatever has become of the monitor.
         self._open.remove(at)
-        call = self._calls[at]
-        if call.watch is not None:
-            call.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._unwatch(self._calls[at])
         self._run(self._finish, at)
         self._calls.pop(at, None)
         if not self._handles and at in self._leaving:  # detached meanwhile
@@ -286,12 +348,7 @@ class RouterCapture:
                 return
         with torch.autocast(next(iter(call.seen.values())).device.type, enabled=False):
             if self.plans[at] is None:
-                kinds = {
-                    place: "tokens" if place == "op.tokens" else classify(tensor, call.n_tokens, site.n_experts)
-                    for place, tensor in call.seen.items()
-                }
-                plan = make_plan(site, call.n_tokens, call.seen, kinds, self._score, self._top_k)
-                self.plans[at] = plan
+                self.plans[at] = self._plan(site, call)
             plan = self.plans[at]
             if plan is None or any(place not in call.seen for place in plan.places):
                 return
@@ -299,6 +356,14 @@ class RouterCapture:
             indices, scores, weights = decode(plan, call.seen, call.n_tokens)
             found = Decision(indices, plan.n_experts, scores, plan.score, weights, call.leading, plan.capacity)
             self._deliver(at, found)
+
+    def _plan(self, site: RouterSite, call: _Call) -> Plan | None:
+        kinds = {
+            place: "tokens" if place == "op.tokens" else classify(tensor, call.n_tokens, site.n_experts, site.top_k)
+            for place, tensor in call.seen.items()
+        }
+        received = call.received or None
+        return make_plan(site, call.n_tokens, call.seen, kinds, self._score, self._top_k, received)
 
     def _extracted(self, at: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._run(self._extract_and_deliver, at, module, args, kwargs, output)

@@ -42,7 +42,7 @@ def tensors_by_place(output: Any, place: str = "") -> Iterator[tuple[str, Tensor
             yield from tensors_by_place(getattr(output, field.name, None), f"{place}.{field.name}")
 
 
-def classify(tensor: Tensor, n_tokens: int, n_experts: int) -> Kind | None:
+def classify(tensor: Tensor, n_tokens: int, n_experts: int, top_k: int | None = None) -> Kind | None:
     """What a tensor says of the routing of N tokens to E experts; None if nothing, or not with these values.
 
     Waits for the device. Weights [N, k] are not told here, because any float of that shape could be some.
@@ -51,6 +51,7 @@ def classify(tensor: Tensor, n_tokens: int, n_experts: int) -> Kind | None:
         tensor: Of any shape.
         n_tokens: N.
         n_experts: E.
+        top_k: k, if an attribute says so: then a token may have the same expert twice, as by a table.
 
     Returns:
         "indices", "mask", "sparse", "probabilities", "scores", "logits" or "dispatch".
@@ -79,7 +80,7 @@ def classify(tensor: Tensor, n_tokens: int, n_experts: int) -> Kind | None:
     inside = ((rows >= -1) & (rows <= n_experts)).all() & ((rows >= 0) & (rows < n_experts)).any()
     ordered = rows.sort(-1).values
     apart = ((ordered[:, 1:] != ordered[:, :-1]) | (ordered[:, 1:] < 0) | (ordered[:, 1:] >= n_experts)).all()
-    return "indices" if bool((inside & apart).item()) else None
+    return "indices" if bool((inside & (apart | (k == top_k))).item()) else None
 
 
 def _of_rows(rows: Tensor) -> Kind | None:

@@ -25,6 +25,7 @@ _NOT_EXPERTS = (
 )
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "experts_count")
 _TOP_KS = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "n_activated_experts", "moe_top_k", "k")
+_NAMED = re.compile(r"MoE|Moe[A-Z]|Moe$|MixtureOfExperts|SparseMixer|Router|Experts")
 _TELLING = re.compile(r"(?i)router|expert|moe|gate(?!_proj|s?_up)|gating|mixture|switch")
 
 
@@ -39,6 +40,7 @@ class RouterSite:
         experts: The module that is called with what was chosen; None where experts are called one by one.
         n_experts: E.
         top_k: How many experts a token gets, if an attribute says so.
+        members: The experts, where they are modules in a list.
         telling: Whether names speak of experts or routers, so that a site that behaves otherwise is worth a message.
 
     Example:
@@ -56,6 +58,7 @@ class RouterSite:
     n_experts: int
     top_k: int | None = None
     telling: bool = False
+    members: tuple[nn.Module, ...] = ()
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -81,11 +84,13 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
         >>> find_routers(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2))
         []
     """
-    found: dict[int, RouterSite] = {}
+    found: dict[tuple[int, int], RouterSite] = {}
     for path, block in model.named_modules():
         for site in _in_block(path, block):
-            found.setdefault(id(site.router if site.router is not None else site.block), site)
-    return list(found.values())
+            found.setdefault((id(site.router), id(site.block)), site)
+    # A module that only says of itself that it is one need not stand for itself where a block has it.
+    held = {id(site.router) for site in found.values() if site.router is not site.block}
+    return [site for site in found.values() if site.router is not site.block or id(site.router) not in held]
 
 
 def chosen_routers(
@@ -118,7 +123,8 @@ def chosen_routers(
         if not count and isinstance(module, nn.Linear):
             count = module.out_features
         k = top_k or _attribute((module, block), _TOP_KS)
-        sites.append(RouterSite(names[id(module)], module, block, site.experts if site else None, count, k, True))
+        experts, members = (site.experts, site.members) if site else (None, ())
+        sites.append(RouterSite(names[id(module)], module, block, experts, count, k, True, members))
     return sites
 
 
@@ -144,39 +150,40 @@ def _named(model: nn.Module, routers: Sequence[str | nn.Module], names: dict[int
 
 def _in_block(path: str, block: nn.Module) -> Iterator[RouterSite]:
     children = dict(block.named_children())
-    holders: dict[int, tuple[int, nn.Module | None]] = {}  # by child: E, and the module to which choices are given
+    # By child: E, the module to which choices are given, and the experts.
+    holders: dict[int, tuple[int, nn.Module | None, tuple[nn.Module, ...]]] = {}
     for child in children.values():
-        count = _expert_count(child)
+        count, members = _experts_of(child)
         if not count and not any(_in_block("", child)):  # one level down, unless there is a block of its own
-            count = next((n for each in child.children() if (n := _expert_count(each))), 0)
+            count, members = next((found for each in child.children() if (found := _experts_of(each))[0]), (0, ()))
         if count:
             called = type(child).forward is not nn.Module.forward and type(child) not in (nn.ModuleList, nn.ModuleDict)
-            holders[id(child)] = count, child if called else None
+            holders[id(child)] = count, child if called else None, members
     own_count = _leading(block)
     if own_count:  # the block holds its experts' tensors itself
-        holders[id(block)] = own_count, None
-    for holder, (count, experts) in holders.items():
+        holders[id(block)] = own_count, None, ()
+    for holder, (count, experts, members) in holders.items():
         top_k = _attribute((block,), _TOP_KS)
         for name, child in children.items():
             if id(child) not in holders and _scores(child, count):
                 k = _attribute((child,), _TOP_KS) or top_k
                 where = f"{path}.{name}".lstrip(".")
-                yield RouterSite(where, child, block, experts, count, k, _tells((where, child, block)))
+                yield RouterSite(where, child, block, experts, count, k, _tells((where, child, block)), members)
         own = [p for p in _parameters(block, recurse=False) if p.dim() == 2 and count in p.shape]
         if own and holder != id(block):
-            yield RouterSite(path, None, block, experts, count, top_k, _tells((path, block)))
+            yield RouterSite(path, None, block, experts, count, top_k, _tells((path, block)), members)
     says, k = _attribute((block,), _COUNTS), _attribute((block,), _TOP_KS)
     if says and k and not holders and _scores(block, says):
         yield RouterSite(path, block, block, None, says, k, True)
 
 
-def _expert_count(module: nn.Module) -> int:
-    """How many experts a module holds, as a list of them or in tensors; 0 if it does not look so."""
+def _experts_of(module: nn.Module) -> tuple[int, tuple[nn.Module, ...]]:
+    """How many experts a module holds, as a list of them or in tensors, and those of the list; 0 if it has none."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         inner = [each for each in module.children() if any(True for _ in each.parameters())]
         if len(inner) >= 2 and len({type(each) for each in inner}) == 1:
-            return len(inner)
-    return _leading(module)
+            return len(inner), tuple(inner)
+    return _leading(module), ()
 
 
 def _leading(module: nn.Module) -> int:
@@ -216,3 +223,16 @@ def _attribute(owners: Iterable[nn.Module], names: Sequence[str]) -> int | None:
 
 def _tells(things: Iterable[object]) -> bool:
     return any(_TELLING.search(each if isinstance(each, str) else type(each).__name__) for each in things)
+
+
+def suspects(model: nn.Module) -> list[str]:
+    """Modules whose class is called a router or a mixture of experts, by name.
+
+    Args:
+        model: Any network.
+
+    Example:
+        >>> suspects(nn.Linear(2, 2))
+        []
+    """
+    return [name for name, module in model.named_modules() if _NAMED.search(type(module).__name__)]

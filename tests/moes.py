@@ -218,6 +218,51 @@ class Stacked(nn.Module):
         return torch.einsum("neh,ehd,ne->nd", hidden, self.w2, weights).view_as(x)
 
 
+class WithBalanceLoss(LinearGate):
+    """Counts first choices for a balance loss, and looks at third ones, after it has chosen two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        probabilities = self.gate(x.reshape(-1, WIDTH)).softmax(-1)
+        first = functional.one_hot(probabilities.argmax(-1), EXPERTS).float().mean(0)
+        self.balance = (first * probabilities.mean(0)).sum()
+        self.third = probabilities.topk(3).values[:, 2].mean()
+        return y
+
+
+class OneAfterTheOther(Block):
+    """Takes the best, and then the best of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        probabilities = self.gate(flat).softmax(-1)
+        first = probabilities.argmax(-1, keepdim=True)
+        second = probabilities.masked_fill(functional.one_hot(first[:, 0], EXPERTS).bool(), -1.0).argmax(
+            -1, keepdim=True
+        )
+        indices = torch.cat([first, second], dim=1)
+        return self._combine(flat, indices, probabilities.gather(1, indices)).view_as(x)
+
+
+class NoiseFirst(Block):
+    """A second matrix of the same size, defined before the gate (noisy top-k)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        logits = self.gate(flat) + 0.01 * torch.randn(len(flat), EXPERTS) * functional.softplus(self.noise(flat))
+        top, indices = logits.topk(TOP_K)
+        return self._combine(flat, indices, top.softmax(-1)).view_as(x)
+
+
 STYLES: dict[str, Callable[[], nn.Module]] = {
     "linear": LinearGate,
     "top1": Top1,
@@ -230,6 +275,9 @@ STYLES: dict[str, Callable[[], nn.Module]] = {
     "emitting_flat": lambda: Emitting(flat=True),
     "emitting_scores": lambda: Emitting(scores=True),
     "stacked": Stacked,
+    "balance_loss": WithBalanceLoss,
+    "one_after_the_other": OneAfterTheOther,
+    "noise_first": NoiseFirst,
 }
 
 

@@ -31,7 +31,7 @@ def capture(model: nn.Module, run: Callable[[], object], **options: Any) -> tupl
     places = [site.name for site in watch.sites]
     dropped = [site.name for site in watch.settle()]
     kept = [site.name for site in watch.sites]
-    return watch, [(kept.index(places[at]), decision) for at, decision in seen], dropped
+    return watch, [(kept.index(places[at]), decision) for at, decision in seen if places[at] in kept], dropped
 
 
 def dense(routing: Routing, use_weights: bool = True) -> Tensor:
@@ -241,6 +241,73 @@ def test_named_routers_and_an_own_reading() -> None:
     )
     with pytest.raises(TypeError, match=r"extract= returned NoneType for blocks.0.gate"), wrong:
         model(torch.randn(2, 9, WIDTH))
+
+
+def test_of_two_matrices_the_gate_is_the_one_that_was_chosen_by() -> None:
+    """Whichever is defined first."""
+    model = Net("noise_first")
+    watch, _, dropped = capture(model, lambda: model(torch.randn(4, 9, WIDTH)))
+    assert [site.name for site in watch.sites] == [f"blocks.{i}.gate" for i in range(3)]
+    assert dropped == [f"blocks.{i}.noise" for i in range(3)]
+
+
+def test_a_router_that_blocks_share_is_one_of_each() -> None:
+    """Its decisions in each block are counted there."""
+    model = Net("linear")
+    for block in model.blocks[1:]:
+        block.gate = model.blocks[0].gate
+    watch, seen, _ = capture(model, lambda: model(torch.randn(4, 9, WIDTH)))
+    assert len(watch.sites) == 3 and [at for at, _ in seen] == [0, 1, 2]
+    for (_, decision), block in zip(seen, model.blocks, strict=True):
+        assert torch.equal(dense(decision.routing) > 0, block.truth > 0)
+
+
+def test_a_guess_is_believed_only_if_the_experts_got_it() -> None:
+    """A k that an attribute says, and a choice by a bias of which no watched operation shows anything."""
+
+    class Biased(moes.Block):
+        top_k = TOP_K
+
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.gate = nn.Linear(WIDTH, EXPERTS)
+            self.scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = self.gate(x).softmax(-1)
+            indices = (p + self.scale * torch.linspace(0, 1, EXPERTS)).sort(dim=-1, descending=True).indices[:, :TOP_K]
+            return self._combine(x, indices, p.gather(1, indices))
+
+    for scale, found in ((0.0, 1), (1.0, 0)):
+        model = Biased(scale)
+        watch, _, _ = capture(model, lambda model=model: model(torch.randn(40, WIDTH)))
+        assert len(watch.sites) == found
+
+
+def test_experts_by_a_table_may_be_the_same_twice() -> None:
+    """A hash router whose table is fresh sends all tokens to one expert, which is what the load must show."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.top_k, self.num_experts = TOP_K, EXPERTS
+            self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ self.weight.t(), torch.zeros(len(x), TOP_K, dtype=torch.int64)
+
+    class Hashed(moes.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = Table()
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, indices = self.router(x)
+            return self.experts[0](x) + 0 * indices.sum()
+
+    model = Hashed()
+    _, seen, _ = capture(model, lambda: model(torch.randn(7, WIDTH)))
+    assert load_counts(seen[0][1].routing).tolist() == [14, 0, 0, 0, 0, 0]
 
 
 def test_top_k_of_the_most_probable_where_nothing_is_seen() -> None:
@@ -475,6 +542,35 @@ class MultiHead(nn.Module):
         return outputs
 
 
+class Policy(nn.Module):
+    """As many layers as actions, of which it takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.pi = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        logits = self.pi(x)
+        logits.argmax(-1)
+        return torch.multinomial(logits.softmax(-1), 1)
+
+
+class Ensemble(nn.Module):
+    """Three nets for three classes, and a trunk with a ReLU, whose zeros look like a sparse choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 3), nn.ReLU())
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        votes = torch.stack([net(self.trunk(x)) for net in self.nets]).softmax(-1).mean(0)
+        return torch.nn.functional.one_hot(votes.topk(1).indices[:, 0], 3)
+
+
 def _ids(model: nn.Module) -> object:
     return model(input_ids=torch.randint(0, 60, (2, 9)))
 
@@ -488,6 +584,8 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
     "lstm": (Lstm, lambda model: model(torch.randn(2, 9, 6))),
     "unet": (UNet1d, lambda model: model(torch.randn(2, 4, 16))),
     "multi_head": (MultiHead, lambda model: model(torch.randn(3, 6))),
+    "policy": (Policy, lambda model: model(torch.randn(9, 6))),
+    "ensemble": (Ensemble, lambda model: model(torch.randn(9, 6))),
 }
 
 

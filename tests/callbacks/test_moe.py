@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -280,19 +282,15 @@ def test_what_looks_like_a_router_and_is_none_is_told_once(tmp_path: Path, caplo
     assert scalars(tmp_path / "told" / "run")["moe/layer_0/top_k"] == [(0, 1.0)]
 
 
-@pytest.mark.parametrize("where", ["counting", "look"])
 def test_a_failure_ends_the_monitor_and_not_the_run(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also in the middle of a forward pass: no hook and no mode stays, and weights are those of the bare run."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("made to fail")
 
-    if where == "counting":
-        monkeypatch.setattr(moe_health.HealthTally, "add", fail)
-    else:
-        monkeypatch.setattr("dynwatch.callbacks.moe_pathways.sample_gates", fail)
+    monkeypatch.setattr(moe_health.HealthTally, "add", fail)
     _, bare = fit(tmp_path / "bare", None)
     monitor, bystander = MoEPathwayMonitor(every_n_steps=2, probe_every_n_steps=2), Bystander()
     torch.manual_seed(3)
@@ -301,6 +299,61 @@ def test_a_failure_ends_the_monitor_and_not_the_run(
     assert monitor.off == "RuntimeError: made to fail" and bystander.hooks == [0] * 6
     assert "training goes on. Cause: RuntimeError: made to fail." in caplog.text
     assert all(torch.equal(bare.weights[-1][name], p) for name, p in truth.weights[-1].items())
+
+
+class Packed(Model):
+    """Takes padding out before the model: tokens of samples are of unequal numbers."""
+
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        kept = batch["attention_mask"] > 0
+        return nn.functional.cross_entropy(self.net(batch["x"][kept][None])[0], batch["labels"][kept])
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "why"),
+    [
+        (Packed, {}, "do not belong to"),
+        (Model, {"probe": {"x": torch.randn(4, LENGTH, WIDTH)}}, "KeyError('labels')"),
+        (Model, {"group_by": lambda batch: ["a"]}, "gave 1 keys for the 8 samples of a batch"),
+    ],
+)
+def test_pathways_may_fail_alone(
+    model: type[Model], options: dict[str, Any], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Health and what rules make of it go on; the reason is told, once."""
+    monitor = MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=2, **options)
+    fit_on = texts(padded=True)
+    trainer(tmp_path, [monitor], max_epochs=1).fit(model(), fit_on)
+    readings = scalars(tmp_path / "run")
+    assert monitor.off is None and len(readings["moe/layer_0/load_cv"]) == 6 and "moe/distance" not in readings
+    assert monitor._stream is not None and why in monitor._stream.reasons["moe/distance"]
+    assert len([r for r in caplog.records if "looks at no pathways in this run" in r.getMessage()]) == 1
+
+
+class Interrupted(Model):
+    """As by Ctrl-C, within a block."""
+
+    def __init__(self, probing: bool) -> None:
+        super().__init__()
+        self.probing = probing
+        self.net.blocks[1].experts[0].register_forward_pre_hook(self.interrupt)
+
+    def interrupt(self, *_: Any) -> None:
+        if self.trainer.global_step >= 2 and self.net.training is not self.probing:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("probing", [False, True])
+def test_an_interrupt_leaves_nothing_behind(probing: bool, tmp_path: Path) -> None:
+    """Torch tells hooks of exceptions, but not of this."""
+    model = Interrupted(probing)
+    run = trainer(tmp_path, [MoEPathwayMonitor(every_n_steps=1, probe_every_n_steps=1)], max_epochs=1)
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        run.fit(model, texts())
+    assert run.interrupted
+    assert torch.overrides._get_current_function_mode() is None
+    hooks = [hook for module in model.modules() for hook in (*module._forward_hooks.values(),)]
+    assert hooks == []
 
 
 class Raising(Model):
@@ -343,7 +396,13 @@ def test_nan_in_a_router_is_a_reading(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "every_n_steps=0 must be a whole number of steps"),
         ({"probe_every_n_steps": 0}, "probe_every_n_steps=0 must be a whole number of steps"),
         ({"probe": "test"}, "probe='test' must be 'train', 'validate' or a batch."),
-        ({"max_samples": 0}, "max_samples=0 must be a whole number, 1 or more."),
+        ({"max_samples": 1}, "max_samples=1 must be a whole number, 2 or more."),
+        ({"probe": None}, "probe=None must be 'train', 'validate' or a batch."),
+        ({"group_by": 3}, "group_by=3 must be a key of the batch or a function of it."),
+        ({"padding_mask": 3}, "padding_mask=3 must be a key of the batch or a function of it."),
+        ({"memorized": "yes"}, "memorized='yes' must be True or False."),
+        ({"routers": [3]}, "routers has 3, and must have patterns for module names, or modules."),
+        ({"num_experts": 4, "top_k": 8}, "top_k=8 must be num_experts=4 or less."),
         ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 or more."),
         ({"unit": "word"}, "unit='word' must be one of 'expert', 'char'."),
         ({"threshold": 1.0}, "threshold=1.0 must be"),
@@ -467,6 +526,44 @@ def test_pathways_are_of_the_first_batches_at_these_weights(padded: bool, tmp_pa
         length = sum(len(kept) for path in paths for kept in path) / 12
         assert readings["moe/pathway_length"][step] == pytest.approx(length, rel=1e-5)
     assert 0 < readings["moe/layer_0/stability"][5] < 1 and 2 not in readings["moe/layer_0/stability"]
+
+
+@dataclasses.dataclass
+class Bundle:
+    """A batch that is no dictionary."""
+
+    x: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+
+
+class OfBundles(Model):
+    def step(self, batch: Any) -> Tensor:
+        return super().step(vars(batch))
+
+
+class Popping(Model):
+    """Takes the mask out of the batch before the model runs."""
+
+    def step(self, batch: dict[str, Any]) -> Tensor:
+        batch.pop("attention_mask")
+        return super().step(batch)
+
+
+@pytest.mark.parametrize("kind", [OfBundles, Popping])
+def test_padding_is_found(kind: type[Model], tmp_path: Path) -> None:
+    """In a dataclass, and where the step takes it out of its dictionary."""
+
+    def bundle(items: list[dict[str, Any]]) -> Any:
+        batch = torch.utils.data.default_collate(items)
+        batch.pop("domain")
+        return Bundle(**batch) if kind is OfBundles else batch
+
+    expected, _ = fit(tmp_path / "plain", MoEPathwayMonitor(every_n_steps=1), loader=texts(padded=True))
+    loader = DataLoader(Texts(padded=True), batch_size=8, collate_fn=bundle)
+    trainer(tmp_path / "other", [MoEPathwayMonitor(every_n_steps=1)], max_epochs=1).fit(kind(), loader)
+    found = dict(scalars(tmp_path / "other" / "run")["moe/layer_1/max_load"])
+    assert found == expected["moe/layer_1/max_load"]
 
 
 def test_the_probe_can_be_chosen(tmp_path: Path) -> None:
@@ -703,7 +800,7 @@ def test_pictures_and_names_are_in_the_event_file(tmp_path: Path) -> None:
         assert [image.step for image in events.Images(tag)] == [0, 10]
         assert all(image.width >= 400 for image in events.Images(tag))
     (text,) = events.Tensors("moe/layers/text_summary")
-    assert b"| 1 | `net.blocks.1.gate` | 2 of 6, from indices at op.topk |" in text.tensor_proto.string_val[0]
+    assert b"| 1 | `net.blocks.1.gate` | 2 of 6, from indices at op.topk2.0 |" in text.tensor_proto.string_val[0]
 
 
 def test_a_callback_can_be_used_again(tmp_path: Path) -> None:
