@@ -51,7 +51,7 @@ def test_own_mixtures(style: str) -> None:
     model = Net(style)
     x = torch.randn(4, 9, WIDTH)
     watch, seen, dropped = capture(model, lambda: model(x))
-    assert len(watch.sites) == 3 and dropped == []
+    assert len(watch.sites) == 3 and all("noise" in name for name in dropped)
     assert [at for at, _ in seen] == [0, 1, 2]
     for (_, decision), block in zip(seen, model.blocks, strict=True):
         truth, routing = block.truth, decision.routing
