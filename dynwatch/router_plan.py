@@ -16,6 +16,8 @@ from dynwatch.routing import Routing, Score, load_counts, router_probabilities
 
 # Operations that show a choice, the most telling first.
 _CHOICES = ("op.scatter", "op.topk", "op.multinomial", "op.one_hot", "op.tokens")
+# How far scores must go together with what was chosen by; noise and biases come between them.
+_LEAST_FIT = 0.2
 _EMITTED: tuple[Kind, ...] = ("indices", "sparse", "dispatch", "mask")
 
 
@@ -135,6 +137,8 @@ def make_plan(
     fit = 1.0
     if given is not None and scores and not chosen.emitted:
         fit = _correlation(seen[scores].reshape(-1), given.reshape(-1))
+        if fit < _LEAST_FIT and chosen.load != tuple(received or ()):
+            return None  # the largest of something else
     return Plan(site.n_experts, chosen.k, chosen.places, chosen.kind, weights, scores, how, fit)
 
 

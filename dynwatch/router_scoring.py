@@ -50,7 +50,7 @@ def score_of(
             if mine.shape[1] > 1:
                 apart[way] = min(apart[way], _apart(mine / mine.sum(-1, keepdim=True), theirs))
         best = min(apart, key=lambda way: apart[way])
-        if apart[best] < _CLOSE and apart[best] < 0.5 * max(apart.values()):
+        if apart[best] < _CLOSE < max(apart.values()):  # of nearly equal scores either way gives nearly equal weights
             return best
     if chosen_by is not None and chosen_by.numel() == logits.numel():
         wide = chosen_by.detach().double().reshape(logits.shape)
