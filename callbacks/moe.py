@@ -27,7 +27,8 @@ from dynwatch.callbacks.panels import Chart
 from dynwatch.callbacks.probe import Forward, ProbePass
 from dynwatch.callbacks.stream import Stream, logging_interval, tensorboard_writers
 from dynwatch.pathways import Unit
-from dynwatch.router_capture import Decision, Extract, RouterCapture
+from dynwatch.router_capture import Extract, RouterCapture
+from dynwatch.router_decision import Decision
 from dynwatch.router_search import chosen_routers, find_routers, suspects
 from dynwatch.routing import Score
 from dynwatch.rules.base import check_count, check_number

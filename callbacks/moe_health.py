@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dynwatch.constants import widest_float
-from dynwatch.router_capture import Decision, version_of
+from dynwatch.router_capture import version_of
+from dynwatch.router_decision import Decision
 from dynwatch.routing import (
     DeadExperts,
     Routing,

@@ -25,7 +25,8 @@ from dynwatch.pathways import (
     pathways,
     sample_gates,
 )
-from dynwatch.router_capture import Decision, RouterCapture
+from dynwatch.router_capture import RouterCapture
+from dynwatch.router_decision import Decision
 from dynwatch.routing import Ratio, Routing, stability
 
 MOE = "moe/"

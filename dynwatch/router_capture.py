@@ -8,66 +8,24 @@ others are dropped. From then on only what is needed is hooked, and nothing wait
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynwatch.router_outputs import classify, tensors_by_place
+from dynwatch.router_decision import Decision
+from dynwatch.router_outputs import classify, tensors_by_place, tokens_given
 from dynwatch.router_plan import Plan, decode, make_plan
 from dynwatch.router_search import RouterSite
 from dynwatch.router_watch import OperationWatch
-from dynwatch.routing import Routing, Score, router_probabilities
+from dynwatch.routing import Routing, Score
 
 # A user's own way: module, its arguments and its output to what it decided.
 Extract = Callable[[nn.Module, Any, Any], Routing]
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What one router decided in one forward pass.
-
-    Attributes:
-        indices: [N, k] experts of each token; outside 0 … E - 1 for an empty slot.
-        n_experts: E.
-        scores: [N, E] what the router gave each expert, its own tensor; None if that cannot be seen.
-        score: How these become probabilities; "given" if they are no logits.
-        weights: [N, k] with which outputs are summed; None if they cannot be seen.
-        leading: The shape of the block's input without its last dimension: [batch, sequence], or [sequence, batch], or
-            [tokens].
-        capacity: Whether an empty slot is a token that was dropped.
-        valid: [N] bool, where a user's own reading says which tokens count.
-        samples: [N], where it says whose they are.
-
-    Example:
-        >>> decision = Decision(torch.tensor([[0]]), 2, torch.tensor([[2.0, 0.0]]), "softmax", None, (1,), False)
-        >>> decision.routing.probabilities
-        tensor([[0.8808, 0.1192]])
-    """
-
-    indices: Tensor
-    n_experts: int
-    scores: Tensor | None
-    score: Score
-    weights: Tensor | None
-    leading: tuple[int, ...]
-    capacity: bool
-    valid: Tensor | None = None
-    samples: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor | None:
-        """[N, E] of the router; None if they cannot be seen."""
-        return None if self.score == "given" else self.scores
-
-    @property
-    def routing(self) -> Routing:
-        """The decision as a record, with probabilities."""
-        probabilities = None if self.scores is None else router_probabilities(self.scores, self.score)
-        return Routing(self.indices, self.n_experts, probabilities, self.weights, self.valid, self.samples)
 
 
 @dataclass(eq=False)
@@ -168,7 +126,7 @@ class RouterCapture:
                 kept.append(i)
                 taken |= {id(site.block)} if plan is not None else set()
         dropped = [site for i, site in enumerate(self.sites) if i not in kept]
-        self.sites, self.plans = [self.sites[i] for i in kept], [self.plans[i] for i in kept]
+        self.sites, self.plans = [self.sites[i] for i in kept], _of_one_score([self.plans[i] for i in kept])
         self._fired = {kept.index(i) for i in self._fired if i in kept}
         self._copied = {(kept.index(i), place) for i, place in self._copied if i in kept}
         return dropped
@@ -264,7 +222,7 @@ class RouterCapture:
     def _enter(self, at: int, args: Any, kwargs: Any) -> None:
         self._fired.add(at)
         call = self._calls[at] = _Call()
-        call.n_tokens, call.leading = _tokens(args, kwargs)
+        call.n_tokens, call.leading = tokens_given(args, kwargs)
         self._open.append(at)
         plan = self.plans[at]
         if plan is None or plan.reads("op"):
@@ -278,7 +236,7 @@ class RouterCapture:
             return  # a router that several blocks share, called by another of them
         self._fired.add(at)
         call = self._calls.setdefault(at, _Call())
-        n_tokens, leading = _tokens(args, kwargs)
+        n_tokens, leading = tokens_given(args, kwargs)
         if n_tokens and n_tokens != call.n_tokens:
             call.n_tokens, call.leading = n_tokens, leading
         self._note(at, "router", output)
@@ -289,7 +247,7 @@ class RouterCapture:
         call = self._calls.get(at)
         if call is not None:
             call.received = call.received or [0] * len(self.sites[at].members)
-            call.received[expert] += _tokens(args, kwargs)[0]
+            call.received[expert] += tokens_given(args, kwargs)[0]
 
     def _given(self, at: int, args: Any, kwargs: Any) -> None:
         self._note(at, "experts", (*args, *kwargs.values()))
@@ -377,7 +335,7 @@ class RouterCapture:
                 "dynwatch.routing.Routing."
             )
         self._fired.add(at)
-        _, leading = _tokens(args, kwargs)
+        _, leading = tokens_given(args, kwargs)
         found = Decision(
             routing.indices,
             routing.n_experts,
@@ -392,12 +350,13 @@ class RouterCapture:
         self._deliver(at, found)
 
 
-def _tokens(args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
-    """How many tokens a module is given, and in which shape: by the first float tensor of two or more dimensions."""
-    for _, tensor in tensors_by_place((*args, *kwargs.values())):
-        if tensor.is_floating_point() and tensor.dim() >= 2:
-            return tensor.numel() // max(tensor.shape[-1], 1), tuple(tensor.shape[:-1])
-    return 0, ()
+def _of_one_score(plans: list[Plan | None]) -> list[Plan | None]:
+    """Plans in which all logits become probabilities as most do: a model scores in one way."""
+    ways = Counter(plan.score for plan in plans if plan is not None and plan.score != "given")
+    if not ways:
+        return plans
+    most = ways.most_common(1)[0][0]
+    return [plan if plan is None or plan.score == "given" else replace(plan, score=most) for plan in plans]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -42,6 +42,19 @@ def tensors_by_place(output: Any, place: str = "") -> Iterator[tuple[str, Tensor
             yield from tensors_by_place(getattr(output, field.name, None), f"{place}.{field.name}")
 
 
+def tokens_given(args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    """How many tokens a module is given, and in which shape: by the first float tensor of two or more dimensions.
+
+    Example:
+        >>> tokens_given((torch.zeros(2, 3, 8),), {})
+        (6, (2, 3))
+    """
+    for _, tensor in tensors_by_place((*args, *kwargs.values())):
+        if tensor.is_floating_point() and tensor.dim() >= 2:
+            return tensor.numel() // max(tensor.shape[-1], 1), tuple(tensor.shape[:-1])
+    return 0, ()
+
+
 def classify(tensor: Tensor, n_tokens: int, n_experts: int, top_k: int | None = None) -> Kind | None:
     """What a tensor says of the routing of N tokens to E experts; None if nothing, or not with these values.
 

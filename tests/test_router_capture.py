@@ -12,7 +12,8 @@ import torch
 from moes import EXPERTS, STYLES, TOP_K, WIDTH, Net
 from torch import Tensor, nn
 
-from dynwatch.router_capture import Decision, RouterCapture
+from dynwatch.router_capture import RouterCapture
+from dynwatch.router_decision import Decision
 from dynwatch.router_plan import router_weight
 from dynwatch.router_search import chosen_routers, find_routers
 from dynwatch.routing import Routing, load_counts
