@@ -28,6 +28,14 @@ def readable_modules(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def check_pattern(pattern: object) -> None:
+    """Raise a ValueError that names `layers` unless this is a regular expression."""
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise ValueError(f"layers has {pattern!r}, which is not a regular expression: {error}.") from error
+
+
 def matching(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
     """The names in which one of the patterns is found; all if there are no patterns.
 

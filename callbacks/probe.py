@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from dynwatch.callbacks.batches import cloned
@@ -98,9 +96,7 @@ class ProbePass:
         self._sandbox.rewind()
         if not self._training:
             self._module.eval()
-            torch.manual_seed(_SEED)
-            np.random.seed(_SEED)
-            random.seed(_SEED)
+            self._sandbox.seed(_SEED)
         plugin = self._trainer.precision_plugin
         precision = plugin.train_step_context() if self._stage == "train" else plugin.val_step_context()
         graph = torch.enable_grad() if self._training else torch.no_grad()  # a step may differentiate within itself

@@ -95,6 +95,19 @@ class Sandbox:
                 del now[name]
             now.update(before)
 
+    def seed(self, seed: int) -> None:
+        """Begin all random streams, those that the module holds too, at one place, until `rewind`."""
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        for generator in self._state.generators:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = type(generator.bit_generator)(seed).state
+            else:
+                generator.seed(seed)
+
     def substitute(self, tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Put tensors in the place of parameters, until `rewind`: in modules, and wherever else they are kept.
 

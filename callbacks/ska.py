@@ -19,7 +19,7 @@ from dynwatch.callbacks.base import Monitor, isolated
 from dynwatch.callbacks.batches import beginning, cloned, is_small, moved
 from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.curvature import all_could
-from dynwatch.callbacks.knowledge import See, Watched, fixed_part, matching, module_of, readable_modules
+from dynwatch.callbacks.knowledge import See, Watched, check_pattern, fixed_part, matching, module_of, readable_modules
 from dynwatch.callbacks.learning_time import LearningTime
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.panels import Chart
@@ -37,7 +37,7 @@ _USUAL = 50  # optimizer steps from one probe to the next, where time allows
 # A probe's cost before one was measured, in training steps on as many samples.
 _GUESS = {"probe": 0.5}
 _MOST_SAVED_BYTES = 16 * 2**20  # of a probe batch, in a checkpoint
-_MOST_ATTEMPTS = 3  # batches on which no layer may run before this monitor gives up
+_MOST_ATTEMPTS = 10  # batches on which no layer may run before this monitor gives up
 _TIME, _STEPS = "\ntime", "\nsteps"
 
 
@@ -116,6 +116,10 @@ class SKAMonitor(Monitor):
             raise ValueError(f"probe={probe!r} must be 'first' or a batch, as training_step takes it.")
         if layers is not None and (isinstance(layers, str) or not layers):
             raise ValueError(f"layers={layers!r} must be a list of regular expressions, or None for all.")
+        for pattern in layers or ():
+            check_pattern(pattern)
+        if not isinstance(include_last, bool):
+            raise ValueError(f"include_last={include_last!r} must be True or False.")
         if time not in get_args(Time):
             raise ValueError(f"time={time!r} must be 'lr' (sum of learning rates) or 'steps'.")
         if forward is not None and not callable(forward):
@@ -253,6 +257,7 @@ class SKAMonitor(Monitor):
         """Which modules run on the probe batch; all ranks go on only if there are some on each."""
         uses: list[str] = []
         kept: list[str] = []
+        chosen: set[str] = set()
         last = ""
         error: Exception | None = None
         modules = readable_modules(pl_module)
@@ -272,8 +277,10 @@ class SKAMonitor(Monitor):
             self._probe = None  # the next batch has another chance
         if error is not None:
             raise error
-        if uses and not kept:
+        if uses and not kept and any(module_of(use) == last and last in chosen for use in uses):
             self._give_up(trainer, f"only the module that runs last, {last}, is left; include_last=True reads it")
+        elif uses and not kept:
+            self._give_up(trainer, f"no module that layers={self.layers!r} names runs in the step by itself")
         elif self._attempts >= _MOST_ATTEMPTS or not isinstance(self.probe, str):
             self._give_up(trainer, "none of the Linear and Conv modules runs in the step")
 

@@ -17,6 +17,8 @@ NETWORK = {kind: f"ska/{kind}" for kind in ("entropy", "flow", "time", "peak_tim
 _FIELDS = dict(zip(KINDS, ("entropy", "entropy_published", "alignment", "flow", "net_code", "norm"), strict=True))
 # A layer that begins anew so many times has other samples at each probe, as an expert has.
 _OFTEN = 3
+# Probes below which nothing is said of an end without equilibrium.
+_FEW = 6
 
 
 class Readings:
@@ -25,6 +27,7 @@ class Readings:
     def __init__(self) -> None:
         self._equilibrium = Equilibrium()
         self._time = 0.0  # since the first probe
+        self._judged = 0  # probes that were compared with the one before
         self._begun: dict[str, int] = {}  # how often each layer began anew
         self._remarks: dict[str, str] = {}
 
@@ -70,6 +73,7 @@ class Readings:
     def _judge(self, stepped: Mapping[str, KnowledgeReading], now: Moment, steps: int) -> dict[str, float]:
         changes = {use: Change(r.flow, r.entropy_trapezoid / max(steps, 1)) for use, r in stepped.items()}
         level = self._equilibrium.update(changes, now)
+        self._judged += 1
         readings = {EQUILIBRIUM: level} if math.isfinite(level) else {}
         if self._equilibrium.peak is not None:
             readings[NETWORK["peak_time"]] = self._equilibrium.peak.time
@@ -82,6 +86,10 @@ class Readings:
             self._remarks["ska/flow"] = "none where no learning rate was above zero; SKAMonitor(time='steps') has one"
         else:
             self._remarks.pop("ska/flow", None)
+        lost = [use for use, reading in found.items() if reading.reason == "lost"]
+        if lost and len(lost) < len(found):
+            what = f"{lost[0]} ({len(lost)} layers)" if len(lost) > 1 else lost[0]
+            self._remarks["ska network"] = f"{what} did not run at step {step}, so that means over layers are left out"
         bad = [use for use, reading in found.items() if reading.non_finite]
         if bad:
             self._remarks["ska"] = f"at step {step} pre-activations of {bad[0]} were not finite ({len(bad)} layers)"
@@ -97,7 +105,9 @@ class Readings:
             return dict(self._remarks)
         amount = "sum of learning rates" if unit == "lr" else "number of steps"
         text = f"flow peaked at a {amount} of {peak.time:.3g} (step {peak.step})"
-        if settled is None:
+        if settled is None and self._judged < _FEW:
+            text += f"; {self._judged} probes are too few to tell whether it came to equilibrium"
+        elif settled is None:
             text += f"; not at equilibrium (ska/equilibrium at most {SETTLED:g}) at the end"
         else:
             text += f"; at equilibrium from {settled.time:.3g} on (step {settled.step})"
@@ -107,13 +117,14 @@ class Readings:
         return {
             "equilibrium": self._equilibrium.state_dict(),
             "time": self._time,
+            "judged": self._judged,
             "begun": dict(self._begun),
             "remarks": dict(self._remarks),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._equilibrium.load_state_dict(state["equilibrium"])
-        self._time = state["time"]
+        self._time, self._judged = state["time"], state["judged"]
         self._begun = dict(state["begun"])
         self._remarks = dict(state["remarks"])
 

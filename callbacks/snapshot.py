@@ -37,6 +37,7 @@ class Snapshot:
 
     Attributes:
         tensors: All tensors found on the way; their memory is left to a `WriteJournal`.
+        generators: All random generators found on the way, of torch, NumPy and the standard library.
         places: For each leaf that requires a gradient, by its id, what puts another tensor where it was found.
 
     Args:
@@ -53,6 +54,7 @@ class Snapshot:
     ) -> None:
         self.tensors: list[Tensor] = []
         self.places: dict[int, list[Callable[[Tensor], object]]] = {}
+        self.generators: list[Any] = []
         self._undo: list[tuple[Any, ...]] = []  # functions with their arguments
         self._empty: list[Any] = []  # containers: most of a module's own are, and need no copy
         self._skip = (*_SKIPPED, *skip)
@@ -195,6 +197,7 @@ class Snapshot:
         return iter(())
 
     def _generator(self, item: Any) -> Iterator[_Way]:
+        self.generators.append(item)
         if isinstance(item, random.Random):
             self._undo.append((item.setstate, item.getstate()))
         elif isinstance(item, np.random.Generator):

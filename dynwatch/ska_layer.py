@@ -63,7 +63,7 @@ class KnowledgeReading:
         elements: Samples times units that were read.
         non_finite: How many of them are NaN, infinite or above 2^126.
         norm: Root mean square of Z: the papers' norm over √elements.
-        flow: Root mean square of ΔZ, over Δt; the last one where Δt is next to nothing.
+        flow: Root mean square of ΔZ, over Δt; 0 where nothing moved, and else the last one where Δt is next to nothing.
         alignment: cos θ of the step.
         entropy: Exact entropy since the first probe, in bits: with the trapezoid's the one to decide by.
         entropy_published: Of the step, at its right end, as the papers plot it.
@@ -271,7 +271,9 @@ class LayerKnowledge:
 
     def _flow_of(self, known: dict[str, float], dt: float, trusted: bool) -> float:
         self._longest = max(self._longest, dt)
-        if trusted and dt > _SHORTEST * self._longest:
+        if trusted and known["Δz²"] == 0:
+            self._flow = 0.0  # however short the time: nothing has moved
+        elif trusted and dt > _SHORTEST * self._longest:
             self._flow = math.sqrt(known["Δz²"]) / dt
         return self._flow
 

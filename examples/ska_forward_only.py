@@ -241,7 +241,9 @@ def main() -> None:
     print("\n".join(table(runs)))
     slowest = runs[RATES[-1]]
     print(f"\nAt eta = {RATES[-1]:g}: {slowest.reason or 'the budget was spent before equilibrium.'}")
-    print("Curves over t converge as eta falls. The crossing marks the onset of structured learning, not its end.")
+    print(
+        "The smaller eta, the less do curves over t depend on it. The crossing is said to mark an onset, never the end."
+    )
     drawn = picture(runs)
     if asked.picture:
         drawn.save(asked.picture, optimize=True)

@@ -69,8 +69,8 @@ class SKAEquilibrium(Rule):
             f"The network has stopped changing its decisions: flow and entropy steps of all layers are at {level:.2g} "
             f"of their peaks or less at step {step}, and were at most {self.level:g} at {self._row.length} probes in a "
             "row.",
-            "If validation has settled as well, the rest of the budget buys little at this learning rate: end the run, "
-            "or lower the rate. This tells nothing of how well the network generalises; keep the checkpoint that "
-            "validates best.",
+            "If the loss and its validation have settled as well, end the run, or lower the rate; if the loss still "
+            "falls, let it run: stillness is measured against the run's own peak, which a large first change makes high. This "
+            "tells nothing of how well the network generalises; keep the checkpoint that validates best.",
             self._levels,
         )

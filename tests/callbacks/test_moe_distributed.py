@@ -91,10 +91,19 @@ def test_sharded_weights_are_as_without_it(fsdp: Launch) -> None:
         assert fsdp["stacked"][rank]["weights_before"] == fsdp["bare"][rank]["weights_before"]
 
 
-@pytest.mark.parametrize("scenario", ["failing_count", "failing_look"])
-def test_a_failure_on_one_rank_is_agreed(ddp: Launch, scenario: str) -> None:
+def test_a_failure_on_one_rank_is_agreed(ddp: Launch) -> None:
     """Nobody waits for it: the monitor goes off on both, the other says where it failed."""
-    first, second = ddp[scenario]
+    first, second = ddp["failing_count"]
     assert first["off"]["MoEPathwayMonitor"] == "it failed on another rank"
     assert second["off"]["MoEPathwayMonitor"] == "RuntimeError: made to fail"
     assert first["steps"] == second["steps"] == ddp["bare"][0]["steps"]
+
+
+def test_a_look_that_fails_on_one_rank_is_none_on_both(ddp: Launch) -> None:
+    """Health goes on, and each says why there are no pathways."""
+    first, second = ddp["failing_look"]
+    assert first["off"] == second["off"] == {"MoEPathwayMonitor": None}
+    assert first["reasons"]["moe/distance"] == "the probe could not be run on another rank"
+    assert second["reasons"]["moe/distance"] == "RuntimeError('made to fail')"
+    assert readings(first)["moe/layer_0/load_cv"] == readings(second)["moe/layer_0/load_cv"]
+    assert set(readings(first)["moe/layer_0/load_cv"]) == {str(step) for step in range(first["steps"])}
