@@ -70,7 +70,7 @@ class SKAEquilibrium(Rule):
             f"of their peaks or less at step {step}, and were at most {self.level:g} at {self._row.length} probes in a "
             "row.",
             "If the loss and its validation have settled as well, end the run, or lower the rate; if the loss still "
-            "falls, let it run: stillness is measured against the run's own peak, which a large first change makes high. This "
-            "tells nothing of how well the network generalises; keep the checkpoint that validates best.",
+            "falls, let it run: stillness is measured against the run's own peak, which a large first change makes "
+            "high. This tells nothing of how well the network generalises; keep the checkpoint that validates best.",
             self._levels,
         )
