@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What monitors keep of batches goes into checkpoints if it is no larger.
+MOST_SAVED_BYTES = 16 * 2**20
+
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
     """All tensors of a batch, in order."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dynwatch.callbacks import curvature_reading as tags
 from dynwatch.callbacks.base import Monitor, isolated
-from dynwatch.callbacks.batches import beginning, cloned, is_small, moved, samples_in
+from dynwatch.callbacks.batches import MOST_SAVED_BYTES, beginning, cloned, is_small, moved, samples_in
 from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.curvature import (
     Method,
@@ -38,8 +38,6 @@ from dynwatch.rules.base import check_count, check_number
 
 log = logging.getLogger("dynwatch")
 
-# A probe batch goes into checkpoints if it is no larger.
-_MOST_SAVED_BYTES = 16 * 2**20
 # Readings in a row that may run out of memory, each on half as many samples, before the monitor gives up.
 _MOST_ATTEMPTS = 3
 # A reading's cost before the first was taken, for one spectrum, in training steps on as many samples. Measured on a GPT
@@ -372,7 +370,7 @@ class HessianMonitor(Monitor):
 
     def state(self) -> dict[str, Any]:
         # Lightning saves rank 0's state only, and one rank's batch is not the others'.
-        keep = self.probe_batch == "first" and self._ranks == 1 and is_small(self._probe, _MOST_SAVED_BYTES)
+        keep = self.probe_batch == "first" and self._ranks == 1 and is_small(self._probe, MOST_SAVED_BYTES)
         return {
             "readings": self._readings,
             "allowed": None if self._allowed == self.max_samples else self._allowed,

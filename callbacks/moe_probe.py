@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynwatch.callbacks.batches import cloned, is_small, moved, part, samples_in, tensors_in
+from dynwatch.callbacks.batches import MOST_SAVED_BYTES, cloned, is_small, moved, part, samples_in, tensors_in
 from dynwatch.callbacks.probe import Stage
-
-# Samples go into checkpoints if they are no larger.
-MOST_SAVED_BYTES = 16 * 2**20
 
 GroupBy = str | Callable[[Any], Sequence[Any]]
 

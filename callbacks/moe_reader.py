@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dynwatch.callbacks.batches import MOST_SAVED_BYTES
 from dynwatch.callbacks.curvature import all_could
 from dynwatch.callbacks.moe_pathways import MOE, Look, PathwayLooks, parts_of, pathway_readings, summed
-from dynwatch.callbacks.moe_probe import MOST_SAVED_BYTES, ProbeSet
+from dynwatch.callbacks.moe_probe import ProbeSet
 from dynwatch.callbacks.moe_tokens import TokenLayout
 from dynwatch.callbacks.namespaces import LightningModule, Trainer
 from dynwatch.callbacks.probe import Forward
@@ -69,8 +70,9 @@ class PathwayReader:
         device, ranks = pl_module.device, trainer.world_size
         self.probe.close()
         if not all_could(bool(self.probe.batches), ranks, device):
-            if self.probe.reason:
-                self.reason = self.probe.reason
+            # On all ranks alike, or some would wait for the others at the next look.
+            if not all_could(not self.probe.reason, ranks, device):
+                self.reason = self.probe.reason or "the probe could not be kept on another rank"
                 absent(f"{MOE}distance", self.reason)
             return None
         look, failure = None, None

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynwatch.callbacks.base import Monitor, isolated
-from dynwatch.callbacks.batches import beginning, cloned, is_small, moved
+from dynwatch.callbacks.batches import MOST_SAVED_BYTES, beginning, cloned, is_small, moved
 from dynwatch.callbacks.budget import Budget, wait_for
 from dynwatch.callbacks.curvature import all_could
 from dynwatch.callbacks.knowledge import See, Watched, check_pattern, fixed_part, matching, module_of, readable_modules
@@ -36,7 +36,6 @@ Time = Literal["lr", "steps"]
 _USUAL = 50  # optimizer steps from one probe to the next, where time allows
 # A probe's cost before one was measured, in training steps on as many samples.
 _GUESS = {"probe": 0.5}
-_MOST_SAVED_BYTES = 16 * 2**20  # of a probe batch, in a checkpoint
 _MOST_ATTEMPTS = 10  # batches on which no layer may run before this monitor gives up
 _TIME, _STEPS = "\ntime", "\nsteps"
 
@@ -357,7 +356,7 @@ class SKAMonitor(Monitor):
     def state(self) -> dict[str, Any]:
         # Lightning saves rank 0's state only, and one rank's batch is not the others'.
         alone = self._ranks == 1
-        keep = alone and is_small(self._probe, _MOST_SAVED_BYTES)
+        keep = alone and is_small(self._probe, MOST_SAVED_BYTES)
         return {
             "taken": self._taken,
             "probe": self._probe if keep else None,

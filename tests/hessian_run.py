@@ -132,6 +132,24 @@ def on_rank(rank: int) -> bool:
 
 
 @contextlib.contextmanager
+def failing_on_1(owner: Any, name: str, call: int) -> Iterator[None]:
+    """Make one call of a function raise on rank 1."""
+    whole, calls = getattr(owner, name), []
+
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if on_rank(1) and len(calls) == call:
+            raise RuntimeError("made to fail")
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, sometimes)
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)
+
+
+@contextlib.contextmanager
 def failing(place: str, error: str, rank: int) -> Iterator[None]:
     """Make one call of a function raise on one rank, or all of them if an answer is what it raises."""
     owner, name, call = PLACES[place]

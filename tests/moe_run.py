@@ -12,7 +12,7 @@ from typing import Any
 import moes
 import torch
 from distributed_run import SAMPLES, Net, fit
-from hessian_run import on_rank
+from hessian_run import failing_on_1
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -84,20 +84,8 @@ def watched(strategy: str = "ddp", module: Net | None = None, fit_with: Any = ()
 
 
 def failing(owner: Any, name: str, call: int) -> dict[str, Any]:
-    """Make one call of a function raise on rank 1."""
-    whole, calls = getattr(owner, name), []
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if on_rank(1) and len(calls) == call:
-            raise RuntimeError("made to fail")
-        return whole(*args, **kwargs)
-
-    setattr(owner, name, sometimes)
-    try:
+    with failing_on_1(owner, name, call):
         return watched()
-    finally:
-        setattr(owner, name, whole)
 
 
 def ddp_scenarios() -> dict[str, Scenario]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed_run import Net, fit
-from hessian_run import BesideNet, on_rank
+from hessian_run import BesideNet, failing_on_1, on_rank
 from torch import Tensor
 
 from dynwatch.callbacks import SKAMonitor, probe, ska
@@ -30,25 +29,6 @@ def watched(strategy: str = "ddp", module: Net | None = None, fit_with: Any = ()
     return result | {"reasons": monitor._stream.reasons, "remarks": monitor._stream.remarks}
 
 
-@contextlib.contextmanager
-def failing(owner: Any, name: str, call: int) -> Iterator[None]:
-    """Make one call of a function raise on rank 1."""
-    whole = getattr(owner, name)
-    calls = []
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if on_rank(1) and len(calls) == call:
-            raise RuntimeError("made to fail")
-        return whole(*args, **kwargs)
-
-    setattr(owner, name, sometimes)
-    try:
-        yield
-    finally:
-        setattr(owner, name, whole)
-
-
 PLACES: dict[str, tuple[Any, str, int]] = {
     "keep": (ska, "cloned", 1),
     "enter": (probe.ProbePass, "__enter__", 1),
@@ -59,7 +39,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 
 def with_failure(place: str, strategy: str = "ddp") -> dict[str, Any]:
-    with failing(*PLACES[place]):
+    with failing_on_1(*PLACES[place]):
         return watched(strategy, fit_with=SOME_STEPS)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from distributed_run import Net, fit
-from hessian_run import AdamNet, BesideNet, ShardedAdamNet, on_rank
+from hessian_run import AdamNet, BesideNet, ShardedAdamNet, failing_on_1, on_rank
 from torch import Tensor, nn
 
 from dynwatch.callbacks import StepRadiusController, StepRadiusMonitor, step_look
@@ -74,20 +74,8 @@ def nan_in_one(module: Net, batch_idx: int, loss: Tensor) -> Tensor:
 
 def failing(name: str, run: Scenario, call: int = 2) -> dict[str, Any]:
     """Make one call of a function of step_look raise on rank 1."""
-    whole = getattr(step_look, name)
-    calls = []
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if on_rank(1) and len(calls) == call:
-            raise RuntimeError("made to fail")
-        return whole(*args, **kwargs)
-
-    setattr(step_look, name, sometimes)
-    try:
+    with failing_on_1(step_look, name, call):
         return run()
-    finally:
-        setattr(step_look, name, whole)
 
 
 def of_batch(module: Any, batch: Any) -> Any:

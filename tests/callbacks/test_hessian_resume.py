@@ -143,7 +143,7 @@ def test_a_probe_batch_that_is_too_large(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """Above the bound it is left out of the checkpoint, at the bound it is not."""
     x, y = next(iter(data()))
     for most, kept in ((x.nbytes + y.nbytes, True), (x.nbytes + y.nbytes - 1, False)):
-        monkeypatch.setattr(hessian, "_MOST_SAVED_BYTES", most)
+        monkeypatch.setattr(hessian, "MOST_SAVED_BYTES", most)
         monitor = HessianMonitor(every_n_steps=4)
         trainer(tmp_path, [monitor], logger=False, max_epochs=1).fit(Classifier(), data())
         state = monitor.state_dict()["own"]

@@ -488,7 +488,7 @@ def test_a_callback_can_fit_twice(tmp_path: Path) -> None:
 
 def test_a_probe_that_is_not_saved_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a resume the next batch is the probe and entropies count from there; peaks and times go on."""
-    monkeypatch.setattr(ska, "_MOST_SAVED_BYTES", 0)
+    monkeypatch.setattr(ska, "MOST_SAVED_BYTES", 0)
     run = trainer(tmp_path / "a", [SKAMonitor(every_n_steps=4)], max_epochs=1)
     run.fit(Deep(), data())
     run.save_checkpoint(tmp_path / "half.ckpt")
